@@ -1,0 +1,1 @@
+"""The runner's side: engine, provisioner, journal, stopping, runner."""

@@ -1,0 +1,215 @@
+"""Files that stay whole: atomic replacement, JSON lines, advisory locks, and what ships with grd."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from grd.errors import ConfigurationError
+
+# --- atomic replacement --------------------------------------------------------------------------------
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` durable; silently skipped where folders cannot be synced."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def atomic_write(path: Path, data: bytes | str, *, durable: bool = True) -> None:
+    """Replace the content of ``path`` so that a reader or a crash sees the old bytes or the new, never a mix.
+
+    Symbolic links are kept (their target is replaced), and so is the mode of an existing file. ``durable``
+    adds fsync of file and folder. Raises OSError; then the old file is untouched and no temporary file stays.
+    """
+    path = Path(path)
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    content = data.encode("utf-8") if isinstance(data, str) else data
+    try:
+        mode = stat.S_IMODE(target.stat().st_mode)
+    except FileNotFoundError:
+        umask = os.umask(0)
+        os.umask(umask)
+        mode = 0o666 & ~umask
+    fd, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(fd, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fchmod(stream.fileno(), mode)
+            if durable:
+                os.fsync(stream.fileno())
+        temporary.replace(target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    if durable:
+        fsync_folder(target.parent)
+
+
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+    """`atomic_write` of ``value`` as indented JSON with a final newline."""
+    atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", durable=durable)
+
+
+def read_json(path: Path) -> Any:
+    """The value stored in ``path``; raises OSError or ValueError."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+# --- JSON lines ------------------------------------------------------------------------------------------
+
+
+class JsonLines:
+    """Append-only writer of one JSON object a line, shared by any number of processes.
+
+    Each record is a single write() to an O_APPEND descriptor, so that lines of several writers never mix.
+    A torn last line (a writer died in mid-write, a disk filled up) is ended first, so that it spoils
+    nothing but itself.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        size = os.fstat(self._fd).st_size
+        self._torn = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one record. Raises OSError, and ValueError for what JSON cannot hold."""
+        line = json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str)
+        data = line.encode("utf-8", "backslashreplace") + b"\n"
+        if self._torn:
+            data = b"\n" + data
+        self._torn = True  # until the whole line is known to be there
+        written = os.write(self._fd, data)
+        if written != len(data):
+            raise OSError(errno.ENOSPC, "the line was written in part", str(self.path))
+        self._torn = False
+
+    def append_bytes(self, lines: bytes) -> None:
+        """Write whole, newline-terminated lines that were encoded before. Raises OSError."""
+        data = b"\n" + lines if self._torn else lines
+        self._torn = True
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._fd, view) :]
+        self._torn = False
+
+    def sync(self) -> None:
+        """fsync what was appended."""
+        os.fsync(self._fd)
+
+    def size(self) -> int:
+        """Bytes in the file now: the position a reader continues from."""
+        return os.fstat(self._fd).st_size
+
+    def close(self) -> None:
+        """Close the descriptor; closing twice is harmless."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def read_json_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield ``(offset after the line, record)`` from byte ``offset`` on.
+
+    A last line without newline is not yet written and is left for the next call; lines that are no JSON
+    object are skipped. A missing file has no records. A file shorter than ``offset`` was restarted: it is
+    read from its beginning.
+    """
+    try:
+        stream = open(path, "rb")
+    except FileNotFoundError:
+        return
+    with stream:
+        if offset > os.fstat(stream.fileno()).st_size:
+            offset = 0
+        stream.seek(offset)
+        for line in stream:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                yield offset, record
+
+
+# --- locks -------------------------------------------------------------------------------------------------
+
+
+def take_lock(path: Path, *, wait_seconds: float = 0.0, inheritable: bool = False) -> int | None:
+    """An exclusive flock on ``path`` as an open descriptor, or None if another process holds it.
+
+    The lock lives as long as the open file description: it is handed to a child by inheriting the
+    descriptor, and freed by the death of the last holder. Raises OSError where files cannot be locked.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    give_up = time.monotonic() + wait_seconds
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= give_up:
+                os.close(fd)
+                return None
+            time.sleep(0.02)
+        except OSError:
+            os.close(fd)
+            raise
+        else:
+            os.set_inheritable(fd, inheritable)
+            return fd
+
+
+def is_locked(path: Path) -> bool:
+    """Whether some process holds `take_lock` on ``path``; never creates or takes it.
+
+    Probes with a shared lock: two exclusive probes at once would each call a free lock held. Raises
+    OSError where files cannot be locked.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+# --- what ships with grd ----------------------------------------------------------------------------------
+
+
+def shipped_file(relative: str) -> Path:
+    """Path of a file under ``templates/`` or ``notebooks/``: the checkout's first, then the package's.
+
+    An editable install has them only in the checkout, a wheel only inside the package.
+    """
+    package = Path(__file__).resolve().parent
+    checkout = package.parent
+    if (checkout / "pyproject.toml").is_file() and (checkout / relative).is_file():
+        return checkout / relative
+    if (package / relative).is_file():
+        return package / relative
+    raise ConfigurationError(f"grd's own file {relative} is missing: reinstall grd-notebooks")

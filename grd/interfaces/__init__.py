@@ -1,0 +1,1 @@
+"""The surfaces: command line now, Jupyter and MCP later."""

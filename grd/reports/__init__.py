@@ -1,0 +1,1 @@
+"""What people read: sections of Markdown reports, rendered from templates."""

@@ -1,0 +1,1 @@
+"""The record of a run: its folder, model, events, liveness and recovery."""

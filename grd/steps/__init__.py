@@ -1,0 +1,1 @@
+"""The two steps, Explorer and Researcher, as short orchestration."""
