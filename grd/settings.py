@@ -1,0 +1,204 @@
+"""Settings and where they come from: flag > GRD_* > project file > user file > default.
+
+Project files are ``grd.toml`` or ``[tool.grd]`` of ``pyproject.toml`` in the project root; the user's is
+``config.toml`` in platformdirs' config folder of ``grd``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from grd import contract
+from grd.errors import ConfigurationError
+
+_DURATION_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+_SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_duration(text: str | float) -> float:
+    """Seconds in ``text``: a number (seconds) or parts such as ``90s``, ``30m``, ``4h``, ``1d``, ``1h30m``.
+
+    Raises ValueError unless the result is finite and above zero.
+    """
+    if isinstance(text, bool):
+        raise ValueError(f"{text!r} is no duration")
+    if isinstance(text, (int, float)):
+        seconds = float(text)
+    else:
+        cleaned = text.strip().lower().replace(" ", "")
+        try:
+            seconds = float(cleaned)
+        except ValueError:
+            if not cleaned or _DURATION.sub("", cleaned):
+                raise ValueError(f"{text!r} is no duration; write 90s, 30m, 4h, 1h30m or seconds") from None
+            seconds = sum(float(n) * _DURATION_UNITS[unit] for n, unit in _DURATION.findall(cleaned))
+    if not math.isfinite(seconds) or seconds <= 0:
+        raise ValueError(f"{text!r} is no duration above zero")
+    return seconds
+
+
+def format_duration(seconds: float) -> str:
+    """``seconds`` as people write it: ``45s``, ``2m 5s``, ``3h 20m``."""
+    if seconds < 10 and seconds != int(seconds):
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60}s" if whole % 60 else f"{whole // 60}m"
+    minutes = round(whole / 60)
+    return f"{minutes // 60}h {minutes % 60}m" if minutes % 60 else f"{minutes // 60}h"
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes in ``text``: a number or ``500K``, ``100MB``, ``20G`` (powers of ten). Raises ValueError."""
+    if isinstance(text, bool):
+        raise ValueError(f"{text!r} is no size")
+    if isinstance(text, int):
+        size = text
+    else:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
+        if match is None:
+            raise ValueError(f"{text!r} is no size; write 500K, 100MB, 20G or bytes")
+        size = int(float(match[1]) * _SIZE_UNITS[match[2]])
+    if size <= 0:
+        raise ValueError(f"{text!r} is no size above zero")
+    return size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All settings, in seconds and bytes."""
+
+    runs_dir: str = "experiments"
+    """Folder of the runs, relative to the project root."""
+    report: str = ".planning/DATA_REPORT.md"
+    """Report the Explorer writes its section into, relative to the project root."""
+    default_timeout: float = contract.DEFAULT_TIMEOUT_SECONDS
+    """Cap on all attempts of a run together while nobody has agreed to more."""
+    grace: float = contract.DEFAULT_GRACE_SECONDS
+    """Time from a stop request to SIGKILL."""
+    start_timeout: float = contract.DEFAULT_START_TIMEOUT_SECONDS
+    """Time a kernel has to answer after its start."""
+    max_output: int = contract.DEFAULT_MAX_OUTPUT_BYTES
+    """Cell output kept in the notebook of one attempt; beyond it head and tail are kept."""
+    checkpoint_budget: int = 20 * 10**9
+    """Checkpoint versions of a run are kept while they fit into this; never fewer than two good ones."""
+    max_lost_work: float = 300.0
+    """Training time at risk between two checkpoints, where steps are visible."""
+
+
+_PARSERS: dict[str, Any] = {
+    "default_timeout": parse_duration,
+    "grace": parse_duration,
+    "start_timeout": parse_duration,
+    "max_output": parse_size,
+    "checkpoint_budget": parse_size,
+    "max_lost_work": parse_duration,
+}
+
+
+def _parse(name: str, value: Any, origin: str) -> Any:
+    parser = _PARSERS.get(name)
+    if parser is None:
+        if not isinstance(value, str) or not value:
+            raise ConfigurationError(f"{origin}: {name} must be a non-empty string, not {value!r}")
+        return value
+    try:
+        return parser(value)
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError(f"{origin}: {name}: {error}") from None
+
+
+def _read_toml(path: Path, *tables: str) -> dict[str, Any]:
+    try:
+        value: Any = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}") from None
+    for table in tables:
+        value = value.get(table, {})
+        if not isinstance(value, dict):
+            raise ConfigurationError(f"{path}: [{'.'.join(tables)}] must be a table")
+    result: dict[str, Any] = value
+    return result
+
+
+def user_config_file() -> Path:
+    """The user's own settings file."""
+    import platformdirs
+
+    return Path(platformdirs.user_config_dir("grd")) / "config.toml"
+
+
+def state_dir(environment: Mapping[str, str] = os.environ) -> Path:
+    """Folder of caches, index and grants of this user; GRD_STATE_DIR moves it. Not created here."""
+    moved = environment.get("GRD_STATE_DIR")
+    if moved:
+        return Path(moved).expanduser()
+    import platformdirs
+
+    return Path(platformdirs.user_state_dir("grd"))
+
+
+def find_project_root(start: Path) -> Path:
+    """The nearest folder from ``start`` upwards with grd.toml, [tool.grd] or .planning/, else ``start``."""
+    start = Path(start).resolve()
+    for folder in (start, *start.parents):
+        if (folder / "grd.toml").is_file() or (folder / ".planning").is_dir():
+            return folder
+        pyproject = folder / "pyproject.toml"
+        if pyproject.is_file():
+            try:
+                if "grd" in tomllib.loads(pyproject.read_text(encoding="utf-8")).get("tool", {}):
+                    return folder
+            except (OSError, ValueError):
+                continue  # somebody else's broken file is none of our business here
+    return start
+
+
+def load_settings(
+    project_root: Path,
+    flags: Mapping[str, Any] | None = None,
+    *,
+    environment: Mapping[str, str] = os.environ,
+    user_file: Path | None = None,
+) -> tuple[Settings, dict[str, str]]:
+    """The settings in force and, by name, where each came from.
+
+    ``flags`` with the value None count as not given. Raises ConfigurationError for values that cannot be
+    used, with the place they stand in; unknown names in files are errors, unknown GRD_* variables are not
+    (they may be another version's).
+    """
+    known = {field.name for field in fields(Settings)}
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(known, "default")
+
+    def take(source: Mapping[str, Any], origin: str) -> None:
+        for name, value in source.items():
+            if isinstance(value, dict) or value is None:
+                continue  # a table belongs to another part of grd
+            if name not in known:
+                raise ConfigurationError(f"{origin}: unknown setting {name!r}; known: {', '.join(sorted(known))}")
+            values[name] = _parse(name, value, origin)
+            origins[name] = origin
+
+    user = user_file or user_config_file()
+    take(_read_toml(user), str(user))
+    take(_read_toml(project_root / "pyproject.toml", "tool", "grd"), str(project_root / "pyproject.toml"))
+    take(_read_toml(project_root / "grd.toml"), str(project_root / "grd.toml"))
+    for name in sorted(known):
+        variable = f"GRD_{name.upper()}"
+        if environment.get(variable):
+            take({name: environment[variable]}, variable)
+    take(dict(flags or {}), "command line")
+    return Settings(**values), origins
