@@ -107,7 +107,9 @@ class ExperimentInterrupted(Exception):
     Not a `GrdError`: nothing went wrong. Later cells do not run, and the run ends ``interrupted``.
     """
 
-    def __init__(self, message: str = "the experiment was asked to stop", *, reason: str | None = None) -> None:
+    def __init__(
+        self, message: str = "the experiment was asked to stop", *, reason: str | None = None
+    ) -> None:
         super().__init__(message)
         self.reason = reason
 

@@ -64,7 +64,9 @@ def atomic_write(path: Path, data: bytes | str, *, durable: bool = True) -> None
 
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     """`atomic_write` of ``value`` as indented JSON with a final newline."""
-    atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", durable=durable)
+    atomic_write(
+        path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", durable=durable
+    )
 
 
 def read_json(path: Path) -> Any:
@@ -132,11 +134,9 @@ def read_json_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str
     object are skipped. A missing file has no records. A file shorter than ``offset`` was restarted: it is
     read from its beginning.
     """
-    try:
-        stream = open(path, "rb")
-    except FileNotFoundError:
+    if not Path(path).exists():
         return
-    with stream:
+    with open(path, "rb") as stream:
         if offset > os.fstat(stream.fileno()).st_size:
             offset = 0
         stream.seek(offset)

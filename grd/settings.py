@@ -188,7 +188,9 @@ def load_settings(
             if isinstance(value, dict) or value is None:
                 continue  # a table belongs to another part of grd
             if name not in known:
-                raise ConfigurationError(f"{origin}: unknown setting {name!r}; known: {', '.join(sorted(known))}")
+                raise ConfigurationError(
+                    f"{origin}: unknown setting {name!r}; known: {', '.join(sorted(known))}"
+                )
             values[name] = _parse(name, value, origin)
             origins[name] = origin
 

@@ -1,0 +1,39 @@
+"""grd runs Jupyter notebooks as ML experiments that survive."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "GrdError": "grd.errors",
+    "Run": "grd.steps.run_object",
+    "explore": "grd.steps.explorer",
+    "list_runs": "grd.steps.run_object",
+    "research": "grd.steps.researcher",
+    "resume": "grd.steps.researcher",
+    "status": "grd.steps.run_object",
+}
+
+__all__ = ["GrdError", "Run", "__version__", "explore", "list_runs", "research", "resume", "status"]
+
+if TYPE_CHECKING:
+    from grd.errors import GrdError
+    from grd.steps.explorer import explore
+    from grd.steps.researcher import research, resume
+    from grd.steps.run_object import Run, list_runs, status
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: `import grd` must cost nothing in a notebook or a status call.
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'grd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
