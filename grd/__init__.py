@@ -9,12 +9,12 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "GrdError": "grd.errors",
-    "Run": "grd.steps.run_object",
+    "Run": "grd.steps.run",
     "explore": "grd.steps.explorer",
-    "list_runs": "grd.steps.run_object",
+    "list_runs": "grd.steps.run",
     "research": "grd.steps.researcher",
     "resume": "grd.steps.researcher",
-    "status": "grd.steps.run_object",
+    "status": "grd.steps.run",
 }
 
 __all__ = ["GrdError", "Run", "__version__", "explore", "list_runs", "research", "resume", "status"]
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from grd.errors import GrdError
     from grd.steps.explorer import explore
     from grd.steps.researcher import research, resume
-    from grd.steps.run_object import Run, list_runs, status
+    from grd.steps.run import Run, list_runs, status
 
 
 def __getattr__(name: str) -> Any:

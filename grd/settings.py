@@ -88,8 +88,6 @@ class Settings:
     """Time from a stop request to SIGKILL."""
     start_timeout: float = contract.DEFAULT_START_TIMEOUT_SECONDS
     """Time a kernel has to answer after its start."""
-    max_output: int = contract.DEFAULT_MAX_OUTPUT_BYTES
-    """Cell output kept in the notebook of one attempt; beyond it head and tail are kept."""
     checkpoint_budget: int = 20 * 10**9
     """Checkpoint versions of a run are kept while they fit into this; never fewer than two good ones."""
     max_lost_work: float = 300.0
@@ -100,7 +98,6 @@ _PARSERS: dict[str, Any] = {
     "default_timeout": parse_duration,
     "grace": parse_duration,
     "start_timeout": parse_duration,
-    "max_output": parse_size,
     "checkpoint_budget": parse_size,
     "max_lost_work": parse_duration,
 }

@@ -1,0 +1,299 @@
+"""One execution of a notebook, from a prepared document to an outcome and a saved file.
+
+Used by the runner, which keeps a record, and by ``papermill --engine grd``, which has only the output file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from papermill.exceptions import PapermillException
+from papermill.iorw import write_ipynb
+from papermill.log import logger
+from papermill.utils import remove_args
+
+from grd import contract
+from grd.errors import ConfigurationError
+from grd.execution import local_files
+from grd.execution.client import GrdNotebookClient, ManagedNotebook, journal_beside
+from grd.execution.outcome import CellError, Outcome, Seen, judge, storage_cause
+from grd.execution.saving import NotebookSaver
+from grd.execution.stopping import KernelHandle, Stopper
+from grd.runs import notebook_journal
+from grd.runs.processes import catches_signal
+from grd.settings import parse_duration
+
+
+class NotebookInterrupted(PapermillException):
+    """The execution was stopped; the outputs so far are saved. ``outcome`` says by what."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        because = f"{outcome.cause}" + (f": {outcome.detail}" if outcome.detail else "")
+        super().__init__(f"the notebook was interrupted ({because}); its outputs so far are saved")
+        self.outcome = outcome
+
+
+@dataclass
+class AttemptContext:
+    """What the runner gives to an execution beyond the notebook, and where it finds the outcome."""
+
+    stopper: Stopper
+    journal: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+    on_kernel_pid: Callable[[int | None], None] | None = None
+    on_cell: Callable[[int, str, int], object] | None = None
+    outcome: Outcome | None = None
+
+
+def execute_for_papermill(
+    nb: Any,
+    kernel_name: str,
+    output_path: str | None = None,
+    progress_bar: Any = True,
+    log_output: bool = False,
+    autosave_cell_every: int = 30,
+    *,
+    grd_context: AttemptContext | None = None,
+    grd_timeout: float | str | None = None,
+    grd_grace: float | str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """What papermill calls through the engine. See `GrdEngine`."""
+    local_files.install()
+    managed = ManagedNotebook(nb, output_path=output_path, progress_bar=progress_bar, log_output=log_output)
+    own = grd_context is None
+    context = grd_context or _context_for_papermill(nb, output_path, grd_timeout, grd_grace)
+    if own:
+        context.stopper.start()
+    try:
+        error = _execute(managed, kernel_name, context, log_output=log_output, **kwargs)
+    finally:
+        if own:
+            context.stopper.close()
+    outcome = context.outcome
+    if own and context.stopper.reason == contract.SIGINT:
+        raise KeyboardInterrupt  # papermill's command line turns it into its own "Aborted!"
+    if error is not None:
+        raise error
+    if outcome is not None and outcome.state == contract.INTERRUPTED:
+        raise NotebookInterrupted(outcome)
+    return managed.nb
+
+
+def _context_for_papermill(
+    nb: Any, output_path: str | None, timeout: float | str | None, grace: float | str | None
+) -> AttemptContext:
+    metadata = nb.metadata.get("grd", {})
+    deadline = _duration("timeout", timeout, metadata.get("timeout"), os.environ.get("GRD_TIMEOUT"))
+    grace_seconds = _duration("grace", grace, metadata.get("grace"), os.environ.get("GRD_GRACE"))
+    stop_file = os.environ.get(contract.ENV_STOP_FILE)
+    stopper = Stopper(
+        deadline=None if deadline is None else time.monotonic() + deadline,
+        grace=contract.DEFAULT_GRACE_SECONDS if grace_seconds is None else grace_seconds,
+        stop_file=Path(stop_file) if stop_file else None,
+        signals=(signal.SIGTERM, signal.SIGINT),
+    )
+    target = local_files.local_target(output_path)
+    journal = journal_beside(target) if target is not None else Path(os.devnull)
+    environment = {contract.ENV_MARKER: f"papermill-{os.getpid()}-{secrets.token_hex(4)}"}
+    return AttemptContext(stopper=stopper, journal=journal, environment=environment)
+
+
+def _duration(name: str, *candidates: Any) -> float | None:
+    for value in candidates:
+        if value not in (None, ""):
+            try:
+                return parse_duration(value)
+            except (ValueError, TypeError) as error:
+                raise ConfigurationError(f"grd's {name}: {error}") from None
+    return None
+
+
+def _execute(
+    managed: ManagedNotebook, kernel_name: str, context: AttemptContext, **kwargs: Any
+) -> BaseException | None:
+    """Run the cells and save; the exception that papermill's caller should see, if any."""
+    stopper = context.stopper
+    managed.notebook_start()
+    managed.nb.metadata["grd"] = {**managed.nb.metadata.get("grd", {}), "complete": False}
+    saver = _start_saver(managed, context)
+    managed.on_cell = context.on_cell
+    client = _make_client(managed, kernel_name, context, **kwargs)
+    client.on_kernel = lambda provisioner: _kernel_started(provisioner, context)
+    seen = Seen(all_cells_ran=False)
+    error: BaseException | None = None
+    try:
+        client.execute(env={**os.environ, **context.environment, contract.ENV_NONINTERACTIVE: "1"})
+    except DeadKernelError as dead:
+        seen, error = replace(seen, kernel_died=True), dead
+    except CellTimeoutError as timeout:
+        seen, error = replace(seen, cell_timeout=_first_line(timeout)), timeout
+    except KeyboardInterrupt as interrupt:
+        error = interrupt
+        stopper.request(contract.SIGINT)
+    except Exception as failure:
+        if client.current_cell is not None:
+            error = failure
+            seen = replace(seen, kernel_died=_has_ended(client))
+            if not seen.kernel_died and not stopper.requested:
+                seen = replace(seen, cell_timeout=_first_line(failure))
+        else:
+            error = failure
+            seen = replace(seen, kernel_start_error=_first_line(failure))
+    finally:
+        _end_processes(client)
+        if context.on_kernel_pid is not None:
+            context.on_kernel_pid(None)
+    seen = replace(
+        seen,
+        all_cells_ran=client.ran_all,
+        stop_reason=stopper.reason,
+        killed=stopper.killed,
+        cell_error=_cell_error(client),
+        kernel_returncode=client.popen.poll() if client.popen is not None else None,
+        stopped_in_cell=client.current_cell,
+    )
+    context.outcome = _finish(managed, saver, seen, stopper)
+    if context.outcome.state == contract.INTERRUPTED and not seen.kernel_died:
+        return None if not isinstance(error, KeyboardInterrupt) else error
+    if seen.stop_reason is not None:
+        return None
+    return error
+
+
+def _start_saver(managed: ManagedNotebook, context: AttemptContext) -> NotebookSaver | None:
+    target = local_files.local_target(managed.output_path)
+    if target is None:
+        return None
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"output folder {target.parent} doesn't exist.")
+    # The writer's own copy; outputs are shared with the client's document, everything else is not.
+    copy = json.loads(json.dumps(managed.nb))
+    managed.saver = NotebookSaver(
+        copy,
+        target,
+        context.journal,
+        write=local_files.write_file,
+        on_trouble=lambda error: context.stopper.request(storage_cause(error)),
+    )
+    return managed.saver
+
+
+def _make_client(
+    managed: ManagedNotebook,
+    kernel_name: str,
+    context: AttemptContext,
+    *,
+    log_output: bool = False,
+    stdout_file: Any = None,
+    stderr_file: Any = None,
+    start_timeout: float = contract.DEFAULT_START_TIMEOUT_SECONDS,
+    execution_timeout: int | None = None,
+    **kwargs: Any,
+) -> GrdNotebookClient:
+    extra = remove_args(["input_path", "timeout", "startup_timeout"], **kwargs)
+    return GrdNotebookClient(
+        managed,
+        context.stopper,
+        timeout=execution_timeout if execution_timeout else kwargs.get("timeout"),
+        startup_timeout=start_timeout,
+        kernel_name=kernel_name,
+        log=logger,
+        log_output=log_output,
+        stdout_file=stdout_file,
+        stderr_file=stderr_file,
+        **extra,
+    )
+
+
+def _kernel_started(provisioner: Any, context: AttemptContext) -> None:
+    process: Any = getattr(provisioner, "process", None)
+    pid = getattr(process, "pid", None)
+    if context.on_kernel_pid is not None:
+        context.on_kernel_pid(pid)
+    if pid is None or not hasattr(provisioner, "kill_tree"):
+        return
+
+    def send(signum: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signum)
+
+    def interrupt() -> None:
+        manager = provisioner.parent
+        if getattr(manager.kernel_spec, "interrupt_mode", "signal") == "message":
+            message = manager.session.msg("interrupt_request", content={})
+            socket = manager._create_connected_socket("control")
+            try:
+                manager.session.send(socket, message)
+            finally:
+                socket.close(linger=1000)
+        else:
+            send(signal.SIGINT)
+
+    context.stopper.attach(
+        KernelHandle(
+            catches_sigterm=lambda: catches_signal(pid, signal.SIGTERM),
+            terminate=lambda: send(signal.SIGTERM),
+            interrupt=interrupt,
+            kill=lambda: provisioner.kill_tree(),
+        )
+    )
+
+
+def _end_processes(client: GrdNotebookClient) -> None:
+    """Whatever the kernel left behind: children, sessions of their own, pools."""
+    if client.provisioner is not None and hasattr(client.provisioner, "kill_tree"):
+        client.provisioner.kill_tree()
+
+
+def _has_ended(client: GrdNotebookClient) -> bool:
+    return client.popen is not None and client.popen.poll() is not None
+
+
+def _cell_error(client: GrdNotebookClient) -> CellError | None:
+    error = client.cell_error
+    if error is None or client.current_cell is None:
+        return None
+    cell = client.nb.cells[client.current_cell]
+    return CellError(client.current_cell, cell.execution_count, str(error.ename), str(error.evalue))
+
+
+def _finish(managed: ManagedNotebook, saver: NotebookSaver | None, seen: Seen, stopper: Stopper) -> Outcome:
+    """Judge, write the judgement into the notebook, and save it for the last time."""
+    outcome = judge(seen)
+    if outcome.state != contract.COMPLETED and managed.nb.metadata.papermill.get("exception") is None:
+        managed.nb.metadata.papermill["exception"] = True
+    managed.notebook_complete()
+    state = {"state": outcome.state, "cause": outcome.cause, "detail": outcome.detail, "complete": True}
+    managed.nb.metadata["grd"].update(state)
+    managed.put(
+        {"op": notebook_journal.HEADER, "papermill": dict(managed.nb.metadata.papermill), "grd": state}
+    )
+    try:
+        if saver is not None:
+            saver.close()
+            saver.discard_journal()
+        elif managed.output_path is not None and outcome.state == contract.INTERRUPTED:
+            write_ipynb(managed.nb, managed.output_path)  # papermill itself writes the other ends
+    except OSError as error:
+        outcome = judge(replace(seen, storage_error=error))
+    return replace(
+        outcome,
+        stop=stopper.record.to_dict() if stopper.record is not None else None,
+        cells=notebook_journal.count_cells(managed.nb),
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

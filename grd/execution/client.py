@@ -1,0 +1,206 @@
+"""The papermill client that grd executes with: outputs go to the journal, stops are honoured between cells.
+
+Imports papermill at module level; only `attempt` imports this, when a notebook is about to run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nbclient.exceptions import CellExecutionError
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import NotebookExecutionManager
+
+from grd.execution import provisioner
+from grd.execution.saving import NotebookSaver
+from grd.execution.stopping import Stopper
+from grd.runs import notebook_journal as journal
+
+IOPUB_TIMEOUT_SECONDS = 60
+"""Wait for the rest of a cell's output; papermill's 4 s fails healthy cells that print much."""
+
+INTERRUPTED_STATUS = "interrupted"
+INTERRUPTING_ERRORS = ("ExperimentInterrupted", "KeyboardInterrupt")
+
+
+class ManagedNotebook(NotebookExecutionManager):
+    """papermill's bookkeeping of cell states, journalled instead of rewritten, and true at every end."""
+
+    saver: NotebookSaver | None = None
+    on_cell: Any = None
+
+    def save(self, **kwargs: Any) -> None:
+        """Nothing: the saver writes."""
+
+    def autosave_cell(self) -> None:
+        """Nothing: the saver writes."""
+
+    def put(self, entry: dict[str, Any]) -> None:
+        """Hand one entry to the journal, where there is one."""
+        if self.saver is not None:
+            self.saver.put(entry)
+
+    def put_cell(self, index: int) -> None:
+        """Journal the state of one cell."""
+        cell = self.nb.cells[index]
+        entry = {"op": journal.CELL, "i": index, "metadata": dict(cell.metadata.papermill)}
+        if cell.cell_type == "code":
+            entry["execution_count"] = cell.execution_count
+        self.put(entry)
+        if self.on_cell is not None and cell.cell_type == "code":
+            self.on_cell(index, cell.metadata.papermill["status"], len(self.nb.cells))
+
+    def cell_start(self, cell: Any, cell_index: int | None = None, **kwargs: Any) -> None:
+        """The cell was sent to the kernel."""
+        super().cell_start(cell, cell_index, **kwargs)
+        if cell_index is not None:
+            self.put_cell(cell_index)
+
+    def cell_complete(self, cell: Any, cell_index: int | None = None, **kwargs: Any) -> None:
+        """The cell ended, however."""
+        status = cell.metadata.papermill["status"]
+        super().cell_complete(cell, cell_index, **kwargs)
+        if status == INTERRUPTED_STATUS:
+            cell.metadata.papermill["status"] = status
+        if cell_index is not None:
+            self.put_cell(cell_index)
+
+    def cell_interrupted(self, cell: Any) -> None:
+        """A stop ended the cell: neither completed nor failed by itself."""
+        cell.metadata.papermill["exception"] = True
+        cell.metadata.papermill["status"] = INTERRUPTED_STATUS
+
+    def notebook_complete(self, **kwargs: Any) -> None:
+        """Close the books without calling cells that never ran completed, as papermill does."""
+        self.end_time = self.now()
+        header = self.nb.metadata.papermill
+        header["end_time"] = self.end_time.isoformat()
+        if self.start_time is not None:
+            header["duration"] = (self.end_time - self.start_time).total_seconds()
+        if self.pbar is not None and not any(
+            cell.metadata.papermill["status"] == self.PENDING for cell in self.nb.cells
+        ):
+            self.complete_pbar()
+        self.cleanup_pbar()
+
+
+class GrdNotebookClient(PapermillNotebookClient):
+    """Executes the cells; stops between cells once asked, and never starts a cell after that."""
+
+    def __init__(self, managed: ManagedNotebook, stopper: Stopper, **kwargs: Any) -> None:
+        kwargs.setdefault("iopub_timeout", IOPUB_TIMEOUT_SECONDS)
+        super().__init__(managed, **kwargs)
+        self.managed = managed
+        self.stopper = stopper
+        self.provisioner: Any = None
+        self.popen: Any = None
+        self.ran_all = False
+        self.cell_error: CellExecutionError | None = None
+        self.current_cell: int | None = None
+        self.on_kernel: Any = None
+
+    def create_kernel_manager(self) -> Any:
+        """Name our provisioner in the loaded spec, in memory, unless the spec has a remote one of its own."""
+        manager = super().create_kernel_manager()
+        spec = manager.kernel_spec
+        named = spec.metadata.get("kernel_provisioner", {}).get("provisioner_name", "local-provisioner")
+        if named == "local-provisioner":
+            spec.metadata["kernel_provisioner"] = {"provisioner_name": provisioner.NAME, "config": {}}
+        return manager
+
+    def start_new_kernel(self, **kwargs: Any) -> None:
+        """Start the kernel and remember its process: the kernel manager forgets it at the end."""
+        super().start_new_kernel(**kwargs)
+        self.provisioner = self.km.provisioner
+        self.popen = getattr(self.provisioner, "process", None)
+        if self.on_kernel is not None:
+            self.on_kernel(self.provisioner)
+
+    def execute(self, **kwargs: Any) -> Any:
+        """Start the kernel, run the cells, note what only the kernel knows, shut it down."""
+        self.reset_execution_trackers()
+        with self.setup_kernel(**kwargs):
+            self.log.info(f"Executing notebook with kernel: {self.kernel_name}")
+            try:
+                self.papermill_execute_cells()
+            finally:
+                if self.popen is None or self.popen.poll() is None:
+                    self.stopper.cells_over()
+            if not self.stopper.requested:
+                info = self.wait_for_reply(self.kc.kernel_info())
+                if info is not None:
+                    self.nb.metadata["language_info"] = info["content"]["language_info"]
+            self.set_widgets_metadata()
+        kept = {
+            name: self.nb.metadata[name] for name in ("language_info", "widgets") if name in self.nb.metadata
+        }
+        self.managed.put({"op": journal.WIDGETS, "metadata": kept})
+        return self.nb
+
+    def papermill_execute_cells(self) -> None:
+        """Run the cells in order until an error, a stop, or the end."""
+        for index, cell in enumerate(self.nb.cells):
+            if self.stopper.requested:
+                return
+            is_code = cell.cell_type == "code" and bool(cell.source.strip())
+            if is_code:
+                self.current_cell = index
+            self.managed.cell_start(cell, index)
+            try:
+                self.stopper.cell_started()
+                try:
+                    self.execute_cell(cell, index)
+                finally:
+                    self.stopper.cell_ended()
+            except CellExecutionError as error:
+                self.cell_error = error
+                if self.stopper.requested or error.ename in INTERRUPTING_ERRORS:
+                    self.managed.cell_interrupted(self.nb.cells[index])
+                else:
+                    self.managed.cell_exception(self.nb.cells[index], cell_index=index, exception=error)
+            except BaseException:
+                if self.stopper.requested:
+                    self.managed.cell_interrupted(self.nb.cells[index])
+                else:
+                    self.managed.cell_exception(self.nb.cells[index], cell_index=index)
+                raise
+            finally:
+                self.managed.cell_complete(self.nb.cells[index], cell_index=index)
+            if self.cell_error is not None:
+                rest = self.nb.cells[index + 1 :]
+                self.ran_all = not any(later.cell_type == "code" and later.source.strip() for later in rest)
+                return
+        self.ran_all = True
+
+    def output(self, outs: list[Any], msg: Any, display_id: str | None, cell_index: int) -> Any:
+        """Append an output, in the notebook and in the journal."""
+        waited = self.clear_before_next_output
+        out = super().output(outs, msg, display_id, cell_index)
+        if waited and not self.clear_before_next_output:
+            self.managed.put({"op": journal.CLEAR, "i": cell_index})
+        if out is not None:
+            self.managed.put({"op": journal.OUTPUT, "i": cell_index, "output": out})
+        return out
+
+    def clear_output(self, outs: list[Any], msg: Any, cell_index: int) -> None:
+        """Clear a cell's outputs, in the notebook and in the journal."""
+        had = len(outs)
+        super().clear_output(outs, msg, cell_index)
+        if had and not outs:
+            self.managed.put({"op": journal.CLEAR, "i": cell_index})
+
+    def _update_display_id(self, display_id: str, msg: Any) -> None:
+        super()._update_display_id(display_id, msg)
+        for cell_index, positions in self._display_id_map.get(display_id, {}).items():
+            outputs = self.nb.cells[cell_index].outputs
+            for position in positions:
+                if position < len(outputs):
+                    shown = outputs[position]
+                    entry = {"op": journal.UPDATE, "i": cell_index, "at": position}
+                    self.managed.put({**entry, "data": shown["data"], "metadata": shown["metadata"]})
+
+
+def journal_beside(output: Path) -> Path:
+    """Where the journal of a notebook lies that belongs to no run."""
+    return output.parent / f".{output.name}.grd-journal.jsonl"

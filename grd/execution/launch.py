@@ -1,0 +1,53 @@
+"""Starting a runner: in its own session, deaf to the caller's terminal, with the run's lock in its hands."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from grd import contract
+from grd.errors import RunBusy
+from grd.files import take_lock
+from grd.runs.folder import RunFolder
+
+LOCK_WAIT_SECONDS = 1.0
+
+
+def acquire(folder: RunFolder) -> int:
+    """The run's lock as a descriptor. Raises RunBusy if another process executes this run."""
+    lock = take_lock(folder.lock, wait_seconds=LOCK_WAIT_SECONDS)
+    if lock is None:
+        raise RunBusy(
+            f"{folder.run_id} is being executed by another process; see: grd status {folder.run_id}"
+        )
+    return lock
+
+
+def start_runner(folder: RunFolder, attempt: int, lock: int) -> subprocess.Popen[bytes]:
+    """Start the runner of ``attempt`` and hand it ``lock``, which is closed here.
+
+    The runner survives the caller and its whole process group. A notebook that starts runs of its own does
+    not pass its own identity on: they are runs in their own right.
+    """
+    paths = folder.attempt(attempt)
+    paths.path.mkdir(parents=True, exist_ok=True)
+    environment = {k: v for k, v in os.environ.items() if k not in contract.KERNEL_ENVIRONMENT}
+    environment["PYTHONUNBUFFERED"] = "1"
+    # -P: a file of the working folder must not shadow a module of ours.
+    command = [sys.executable, "-P", "-m", "grd.execution.runner", str(folder.path), str(attempt), str(lock)]
+    os.set_inheritable(lock, True)
+    try:
+        with open(paths.log, "ab") as log:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                pass_fds=(lock,),
+                start_new_session=True,
+                cwd=str(folder.path),
+            )
+    finally:
+        os.close(lock)

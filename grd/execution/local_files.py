@@ -1,0 +1,93 @@
+"""papermill's local files, written atomically once our engine is in use."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from grd.files import atomic_write
+
+_CANNOT_RENAME = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Replace ``path`` atomically, or in place where a rename cannot be (a bind-mounted file, a folder that
+    takes no new files); pipes and devices are just written to. Raises OSError."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            _write_in_place(path, data)
+            return
+    except FileNotFoundError:
+        pass
+    try:
+        atomic_write(path, data)
+    except OSError as error:
+        if error.errno not in _CANNOT_RENAME or not os.access(path, os.W_OK):
+            raise
+        _write_in_place(path, data)
+
+
+def _write_in_place(path: Path, data: bytes) -> None:
+    with open(path, "wb") as stream:
+        stream.write(data)
+
+
+class AtomicLocalHandler:
+    """papermill's handler of local paths with an atomic write; reading and the rest are the original's.
+
+    Wraps the original, whose remembered working folder papermill sets and resets around an execution: it
+    may be in the middle of one when this handler takes its place.
+    """
+
+    def __init__(self, original: Any) -> None:
+        self._original = original
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+    def resolve(self, path: str) -> Path:
+        """Where a write to ``path`` goes."""
+        return Path(getattr(self._original, "_cwd", None) or Path.cwd(), path)
+
+    def write(self, text: str, path: str) -> None:
+        """Write a notebook. Raises FileNotFoundError, as papermill's does, if the folder is missing."""
+        target = self.resolve(path)
+        if not target.parent.is_dir():
+            raise FileNotFoundError(f"output folder {os.path.dirname(path)} doesn't exist.")  # noqa: PTH120
+        write_file(target, text.encode("utf-8"))
+
+
+def install() -> AtomicLocalHandler:
+    """Put the atomic handler in the place of papermill's local one, once per process; returns it.
+
+    A `papermill.io` entry point named ``local`` would never win: papermill takes the oldest match.
+    """
+    from papermill.iorw import papermill_io
+
+    for index, (scheme, handler) in enumerate(papermill_io._handlers):
+        if scheme == "local":
+            if isinstance(handler, AtomicLocalHandler):
+                return handler
+            atomic = AtomicLocalHandler(handler)
+            papermill_io._handlers[index] = (scheme, atomic)
+            return atomic
+    raise RuntimeError("papermill has no handler for local files")
+
+
+def local_target(output_path: str | None) -> Path | None:
+    """The regular local file that ``output_path`` names, or None (remote, stdout, a pipe, nothing)."""
+    if output_path is None:
+        return None
+    from papermill.iorw import papermill_io
+
+    handler = papermill_io.get_handler(output_path)
+    if not isinstance(handler, AtomicLocalHandler):
+        return None
+    target = handler.resolve(output_path)
+    try:
+        return target if stat.S_ISREG(target.stat().st_mode) else None
+    except FileNotFoundError:
+        return target

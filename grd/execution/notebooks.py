@@ -1,0 +1,124 @@
+"""Reading a notebook and finding its kernel, before anything is started."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grd.errors import KernelUnavailable, NotebookError, NotebookNotFound
+
+
+@dataclass(frozen=True)
+class Source:
+    """A notebook as submitted."""
+
+    location: str
+    """Absolute path, or the URL it was read from."""
+    text: str
+    notebook: Any
+    """The parsed nbformat 4 NotebookNode."""
+
+    @property
+    def sha256(self) -> str:
+        """Of the file's text."""
+        return sha256_of(self.text)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The kernelspec a notebook will run on."""
+
+    name: str
+    language: str
+    display_name: str
+    argv: tuple[str, ...]
+
+
+def sha256_of(text: str) -> str:
+    """Hex digest of ``text`` in UTF-8."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def read_notebook(location: str) -> Source:
+    """Read and check a notebook: a local path, or a URL that papermill can read.
+
+    Raises NotebookNotFound or NotebookError.
+    """
+    if "://" in location:
+        text = _read_url(location)
+        return Source(location, text, parse_notebook(text, location))
+    path = Path(location).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise NotebookNotFound(f"no notebook at {location}") from None
+    except IsADirectoryError:
+        raise NotebookNotFound(f"{location} is a folder, not a notebook") from None
+    except UnicodeDecodeError:
+        raise NotebookError(f"{location} is no notebook: it is not UTF-8 text") from None
+    except OSError as error:
+        raise NotebookNotFound(f"{location} cannot be read: {error.strerror}") from None
+    return Source(str(path.resolve()), text, parse_notebook(text, location))
+
+
+def parse_notebook(text: str, location: str) -> Any:
+    """The nbformat 4 notebook in ``text``; older formats are upgraded. Raises NotebookError."""
+    import nbformat
+
+    try:
+        raw = json.loads(text)
+    except ValueError as error:
+        raise NotebookError(f"{location} is no notebook: {error}") from None
+    if not isinstance(raw, dict) or not ("cells" in raw or "worksheets" in raw) or "nbformat" not in raw:
+        raise NotebookError(f"{location} is no notebook: it has no cells or no nbformat")
+    try:
+        notebook = nbformat.reads(text, as_version=4)
+        notebook = nbformat.v4.upgrade(notebook)
+        nbformat.validate(notebook)
+    except Exception as error:  # nbformat raises many kinds for files that are not what they claim
+        first = str(error).strip().splitlines()
+        reason = first[0] if first else type(error).__name__
+        raise NotebookError(f"{location} is no valid notebook: {reason}") from None
+    if not any(cell.cell_type == "code" and cell.source.strip() for cell in notebook.cells):
+        raise NotebookError(f"{location} has no code to run")
+    return notebook
+
+
+def find_kernel(notebook: Any, override: str | None = None) -> Kernel:
+    """The kernel that ``notebook`` names, or ``override``. Raises KernelUnavailable, naming what there is."""
+    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+
+    spec_metadata = notebook.metadata.get("kernelspec", {})
+    language = spec_metadata.get("language") or notebook.metadata.get("language_info", {}).get("name")
+    name = override or spec_metadata.get("name")
+    if not name:
+        if language not in (None, "python"):
+            raise KernelUnavailable(
+                f"the notebook names no kernel (its language is {language}); pass --kernel NAME"
+            )
+        name = "python3"
+    manager = KernelSpecManager()
+    try:
+        spec = manager.get_kernel_spec(name)
+    except NoSuchKernel:
+        have = ", ".join(sorted(manager.find_kernel_specs())) or "none"
+        raise KernelUnavailable(
+            f"no kernel {name!r} is installed (there are: {have}); pass --kernel NAME"
+        ) from None
+    return Kernel(name, spec.language or language or "", spec.display_name or name, tuple(spec.argv))
+
+
+def _read_url(location: str) -> str:
+    from papermill.iorw import papermill_io
+
+    try:
+        text = papermill_io.read(location)
+    except Exception as error:  # whatever the storage's library raises
+        first = str(error).strip().splitlines()
+        raise NotebookNotFound(
+            f"{location} cannot be read: {first[0] if first else type(error).__name__}"
+        ) from None
+    return text if isinstance(text, str) else str(text)

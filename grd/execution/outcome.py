@@ -1,0 +1,120 @@
+"""How one execution of a notebook ended: a pure decision from what was seen."""
+
+from __future__ import annotations
+
+import errno
+import re
+import signal
+from dataclasses import dataclass, field
+from typing import Any
+
+from grd import contract
+
+_INTERRUPTIONS = ("ExperimentInterrupted", "KeyboardInterrupt")
+_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
+@dataclass(frozen=True)
+class CellError:
+    """The error that ended a cell."""
+
+    index: int
+    execution_count: int | None
+    name: str
+    value: str
+
+    def __str__(self) -> str:
+        lines = _ANSI.sub("", self.value).strip().splitlines()
+        message = f"{self.name}: {lines[0][:300]}" if lines else self.name
+        shown = f" (In [{self.execution_count}])" if self.execution_count else ""
+        return f"cell {self.index}{shown}: {message}"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was observed of one execution."""
+
+    all_cells_ran: bool
+    stop_reason: str | None = None
+    killed: bool = False
+    cell_error: CellError | None = None
+    cell_timeout: str | None = None
+    kernel_returncode: int | None = None
+    kernel_died: bool = False
+    kernel_start_error: str | None = None
+    storage_error: OSError | None = None
+    stopped_in_cell: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """State, cause and a line of detail for the record."""
+
+    state: str
+    cause: str | None
+    detail: str | None = None
+    oom: str | None = None
+    stop: dict[str, Any] | None = None
+    cells: dict[str, int] = field(default_factory=dict)
+
+
+def storage_cause(error: OSError) -> str:
+    """disk_full for a full disk or quota, storage for anything else."""
+    return contract.DISK_FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else contract.STORAGE
+
+
+def describe_exit(returncode: int | None) -> str:
+    """``killed by SIGKILL`` or ``exit code 3``."""
+    if returncode is None:
+        return "it no longer answers"
+    if returncode < 0:
+        try:
+            return f"killed by {signal.Signals(-returncode).name}"
+        except ValueError:
+            return f"killed by signal {-returncode}"
+    return f"exit code {returncode}"
+
+
+def judge(seen: Seen) -> Outcome:
+    """State and cause; the first thing that went wrong decides, a stop that was asked for before all else."""
+    if seen.kernel_start_error is not None and seen.stop_reason is None:
+        return Outcome(contract.FAILED, contract.START_FAILED, seen.kernel_start_error)
+    if seen.storage_error is not None:
+        cause = storage_cause(seen.storage_error)
+        if seen.stop_reason in (None, cause):
+            return Outcome(
+                contract.INTERRUPTED, cause, f"the notebook could not be saved: {seen.storage_error}"
+            )
+    if seen.stop_reason is not None:
+        return Outcome(contract.INTERRUPTED, seen.stop_reason, _stop_detail(seen))
+    if seen.kernel_died:
+        oom = "suspected" if seen.kernel_returncode == -signal.SIGKILL else None
+        where = f" in cell {seen.stopped_in_cell}" if seen.stopped_in_cell is not None else ""
+        detail = f"the kernel died{where}: {describe_exit(seen.kernel_returncode)}"
+        return Outcome(contract.INTERRUPTED, contract.KERNEL_DIED, detail, oom)
+    if seen.cell_timeout is not None:
+        return Outcome(contract.FAILED, contract.NOTEBOOK_ERROR, seen.cell_timeout)
+    if seen.cell_error is not None:
+        return _judge_cell_error(seen.cell_error, last=seen.all_cells_ran)
+    return Outcome(contract.COMPLETED, None)
+
+
+def _judge_cell_error(error: CellError, *, last: bool) -> Outcome:
+    if error.name == "SystemExit" and error.value in ("", "0", "None"):
+        if last:
+            return Outcome(contract.COMPLETED, None)
+        detail = f"cell {error.index} called sys.exit({error.value}); the cells after it never ran"
+        return Outcome(contract.FAILED, contract.NOTEBOOK_ERROR, detail)
+    if error.name in _INTERRUPTIONS:
+        # Nobody asked the runner: the signal went to the kernel alone.
+        polite = error.name == "ExperimentInterrupted" and "sigint" not in error.value.lower()
+        return Outcome(contract.INTERRUPTED, contract.SIGTERM if polite else contract.SIGINT, str(error))
+    return Outcome(contract.FAILED, contract.NOTEBOOK_ERROR, str(error))
+
+
+def _stop_detail(seen: Seen) -> str | None:
+    if seen.killed:
+        return "the grace period ran out and the kernel was killed; what was not saved by then is lost"
+    if seen.cell_error is not None and seen.cell_error.name not in _INTERRUPTIONS:
+        return f"while stopping, {seen.cell_error}"
+    return None

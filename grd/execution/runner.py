@@ -1,0 +1,274 @@
+"""The runner: the process that executes one attempt of a run and writes its record.
+
+Started by `launch` in a session of its own, with the run's lock already held by an inherited descriptor, so
+that there is no moment in which a live run looks dead: ``python -m grd.execution.runner FOLDER ATTEMPT FD``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from grd import contract
+from grd.execution.outcome import Outcome, storage_cause
+from grd.execution.stopping import Stopper
+from grd.files import atomic_write, write_json
+from grd.runs import store
+from grd.runs.events import EventLog, view_of
+from grd.runs.folder import RunFolder, process_marker
+from grd.runs.liveness import HEARTBEAT_SECONDS
+from grd.runs.model import now_iso, seconds_left
+from grd.runs.processes import identity, reap
+from grd.runs.recovery import resume_command
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Runner:
+    """One attempt, from taking over the record to writing its end."""
+
+    def __init__(self, folder: RunFolder, attempt: int) -> None:
+        self.folder = folder
+        self.paths = folder.attempt(attempt)
+        self.record = store.load(folder)
+        self.attempt = self.record.current
+        if self.attempt.number != attempt:
+            raise RuntimeError(f"attempt {attempt} is not the newest of {folder.run_id}")
+        self.events = EventLog(folder.events, attempt)
+        self.began = time.monotonic()
+        self._saving = threading.Lock()
+        self._beating = threading.Event()
+        seconds, reason = seconds_left(self.record)
+        self.stopper = Stopper(
+            deadline=self.began + max(0.0, seconds),
+            deadline_reason=reason,
+            grace=self.record.grace,
+            stop_file=folder.stop_file,
+            signals=SIGNALS,
+            on_event=self.events.write,
+        )
+        self.seconds = seconds
+
+    def run(self) -> Outcome:
+        """Execute the attempt; the outcome is in the record when this returns."""
+        self.stopper.start()
+        heart = threading.Thread(target=self._beat, name="grd-heartbeat", daemon=True)
+        heart.start()
+        try:
+            outcome = self._begin_and_execute()
+        except BaseException as error:
+            traceback.print_exc()
+            outcome = _outcome_of_crash(error)
+        finally:
+            reap(process_marker(self.record.run_id, self.attempt.number))
+        self._end(outcome)
+        self._beating.set()
+        heart.join(2.0)
+        self.stopper.close()
+        self.events.close()
+        return outcome
+
+    def _begin_and_execute(self) -> Outcome:
+        self._begin()
+        if self.stopper.requested:
+            # Asked to stop before the first cell: say so, rather than start a kernel for nothing.
+            return Outcome(contract.INTERRUPTED, self.stopper.reason, "stopped before the first cell")
+        return self._execute()
+
+    def _begin(self) -> None:
+        record, attempt = self.record, self.attempt
+        # Fence first: from here on no older attempt can write a checkpoint.
+        atomic_write(self.folder.fence, f"{attempt.number}\n")
+        record.runner = identity()
+        record.state = attempt.state = contract.RUNNING
+        record.cause = attempt.cause = record.detail = attempt.detail = None
+        record.resumable, record.resume_command = False, None
+        record.ended_at = None
+        record.started_at = attempt.started_at = now_iso()
+        deadline = datetime.now(UTC) + timedelta(seconds=self.seconds)
+        record.deadline = deadline.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        self._prepare_checkpoints()
+        self.events.write(contract.EVENT_STATE, state=contract.RUNNING, resume=attempt.resume)
+        store.save(self.folder, record)
+        store.link_output(self.folder, attempt.number)
+
+    def _prepare_checkpoints(self) -> None:
+        """A new lineage must not find later epochs of an older one."""
+        from grd.experiment.checkpoint_folder import set_aside
+
+        checkpoints = Path(self.record.checkpoint_dir)
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        back_to = self.attempt.changes.get("from_epoch")
+        if back_to is not None:
+            moved = set_aside(checkpoints, after_epoch=int(back_to), reason=f"resumed from epoch {back_to}")
+        elif not self.attempt.resume:
+            moved = set_aside(checkpoints, reason=f"fresh start of {self.record.run_id}")
+        else:
+            return
+        if moved:
+            names = f"{len(moved)} checkpoint files of an earlier lineage"
+            self.events.write(contract.EVENT_WARNING, message=f"{names} were moved aside in {checkpoints}")
+
+    def _execute(self) -> Outcome:
+        import logging
+
+        import nbformat
+        import papermill
+
+        from grd.execution.attempt import AttemptContext, NotebookInterrupted
+
+        logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
+        record = self.record
+        notebook = nbformat.read(self.folder.newest_input(self.attempt.number), as_version=4)
+        notebook = nbformat.v4.upgrade(notebook)
+        notebook.metadata["kernelspec"] = {
+            "name": record.kernel_name,
+            "language": record.language,
+            "display_name": notebook.metadata.get("kernelspec", {}).get("display_name", record.kernel_name),
+        }
+        notebook.metadata["grd"] = {
+            "run_id": record.run_id,
+            "attempt": self.attempt.number,
+            "handles_signals": self.stopper.handles_signals,
+        }
+        context = AttemptContext(
+            stopper=self.stopper,
+            journal=self.paths.journal,
+            environment=self._kernel_environment(),
+            on_kernel_pid=self._note_kernel,
+            on_cell=lambda index, status, of: self.events.write(
+                contract.EVENT_CELL, index=index, status=status, of=of
+            ),
+        )
+        with contextlib.suppress(NotebookInterrupted):
+            try:
+                papermill.execute_notebook(
+                    notebook,
+                    str(self.paths.output).replace("{", "{{").replace("}", "}}"),  # papermill formats it
+                    parameters=self._parameters(),
+                    engine_name="grd",
+                    kernel_name=record.kernel_name,
+                    language=record.language or None,
+                    progress_bar=False,
+                    start_timeout=record.start_timeout,
+                    cwd=record.working_dir,
+                    grd_context=context,
+                )
+            except NotebookInterrupted:
+                raise
+            except Exception as error:
+                if context.outcome is None:
+                    raise
+                if isinstance(error, OSError):
+                    return Outcome(contract.INTERRUPTED, storage_cause(error), f"the notebook: {error}")
+        if context.outcome is None:
+            raise RuntimeError("the engine ended without an outcome")
+        return context.outcome
+
+    def _parameters(self) -> dict[str, Any]:
+        injected: dict[str, Any] = {
+            "timeout": round(max(0.0, self.seconds - (time.monotonic() - self.began)), 3),
+            "checkpoint_dir": self.record.checkpoint_dir,
+            "resume": self.attempt.resume,
+        }
+        chosen = {name: value for name, value in injected.items() if name in self.record.declared}
+        return {**self.attempt.parameters, **chosen}
+
+    def _kernel_environment(self) -> dict[str, str]:
+        return {
+            contract.ENV_RUN_ID: self.record.run_id,
+            contract.ENV_ATTEMPT: str(self.attempt.number),
+            contract.ENV_EVENTS: str(self.folder.events),
+            contract.ENV_STOP_FILE: str(self.folder.stop_file),
+            contract.ENV_FENCE: str(self.folder.fence),
+            contract.ENV_CHECKPOINT_DIR: self.record.checkpoint_dir,
+            contract.ENV_DEADLINE: repr(self.began + self.seconds),
+            contract.ENV_MARKER: f"{self.record.run_id}/{self.attempt.number}",
+        }
+
+    def _note_kernel(self, pid: int | None) -> None:
+        self.record.kernel_pid = pid
+        with contextlib.suppress(OSError):
+            store.save(self.folder, self.record, durable=False)
+
+    def _beat(self) -> None:
+        while True:
+            with contextlib.suppress(OSError):
+                self.folder.heartbeat.write_text(f"{os.getpid()}\n")
+            if self._beating.wait(HEARTBEAT_SECONDS):
+                return
+
+    def _end(self, outcome: Outcome) -> None:
+        record, attempt = self.record, self.attempt
+        view = view_of(self.folder.events)
+        attempt.state, attempt.cause, attempt.detail = outcome.state, outcome.cause, outcome.detail
+        attempt.stop, attempt.cells, attempt.oom = outcome.stop, outcome.cells, outcome.oom
+        attempt.ended_at = now_iso()
+        attempt.seconds = round(time.monotonic() - self.began, 3)
+        used = float(record.budget.get("used_seconds") or 0.0)
+        record.budget["used_seconds"] = round(used + attempt.seconds, 3)
+        record.state, record.cause, record.detail = outcome.state, outcome.cause, outcome.detail
+        record.ended_at = attempt.ended_at
+        record.kernel_pid = None
+        record.resumable = contract.is_resumable(outcome.state, outcome.cause)
+        record.resume_command = resume_command(record)
+        record.progress, record.metrics = view.progress, view.metrics
+        record.checkpoint = view.checkpoint or record.checkpoint
+        record.warnings = [*record.warnings, *(w for w in view.warnings if w not in record.warnings)]
+        with contextlib.suppress(OSError, ValueError):
+            history = [{"epoch": epoch, **values} for epoch, values in sorted(view.history.items())]
+            write_json(
+                self.folder.metrics,
+                {
+                    "schema": "grd.metrics/1",
+                    "run_id": record.run_id,
+                    "last": view.metrics,
+                    "history": history,
+                },
+            )
+        # The event comes before the record: whoever follows events must never find an older truth there.
+        self.events.write(
+            contract.EVENT_STATE, state=outcome.state, cause=outcome.cause, detail=outcome.detail
+        )
+        self._store_end()
+
+    def _store_end(self) -> None:
+        """Write the end of the run, on a full disk too: try for a while, then leave it to recovery."""
+        give_up = time.monotonic() + 10.0
+        while True:
+            try:
+                store.save(self.folder, self.record)
+                return
+            except OSError as error:
+                if time.monotonic() > give_up:
+                    print(f"run.json could not be written: {error}", file=sys.stderr)
+                    return
+                time.sleep(0.5)
+
+
+def _outcome_of_crash(error: BaseException) -> Outcome:
+    if isinstance(error, OSError):
+        return Outcome(contract.INTERRUPTED, storage_cause(error), f"the runner: {error}")
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return Outcome(contract.FAILED, contract.START_FAILED, f"the runner: {first}")
+
+
+def main(arguments: list[str]) -> int:
+    """Run one attempt; the exit status is 0 whenever the record says how it ended."""
+    path, attempt, lock_fd = Path(arguments[0]), int(arguments[1]), int(arguments[2])
+    os.set_inheritable(lock_fd, False)  # ours alone: a kernel must not keep it alive
+    runner = Runner(RunFolder(path), attempt)
+    runner.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

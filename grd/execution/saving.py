@@ -1,0 +1,159 @@
+"""Saves the notebook while it runs: a journal line for each output, snapshots that cost no more than it.
+
+papermill rewrites the whole notebook twice a cell, in place, in the thread that reads the kernel's messages.
+Here that thread only queues entries. A writer thread appends them to the journal, applies them to its own
+copy, and replaces the snapshot when the journal since the last one outweighs it: total bytes stay linear.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from grd.files import JsonLines, atomic_write
+from grd.runs import notebook_journal
+from grd.runs.notebook_journal import Notebook
+
+FLUSH_SECONDS = 0.25
+"""Entries wait at most this long in memory before they are in the journal."""
+
+SYNC_SECONDS = 1.0
+RETRY_SECONDS = 2.0
+MIN_SNAPSHOT_BYTES = 64_000
+_END: dict[str, Any] = {}
+
+
+class NotebookSaver:
+    """Writes one notebook and its journal; ``on_trouble`` hears of the first error of a write.
+
+    Raises OSError at once if the notebook cannot be written at all.
+    """
+
+    def __init__(
+        self,
+        notebook: Notebook,
+        output: Path,
+        journal: Path,
+        *,
+        write: Callable[[Path, bytes], None] = atomic_write,
+        on_trouble: Callable[[OSError], None] | None = None,
+    ) -> None:
+        self.error: OSError | None = None
+        self._notebook = notebook
+        self._output = output
+        self._journal = journal
+        self._write = write
+        self._on_trouble = on_trouble
+        self._queue: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._snapshot_bytes = 0
+        self._since_snapshot = 0
+        self._hole_since: float | None = None
+        self._lines: JsonLines | None = None
+        journal.unlink(missing_ok=True)
+        self._snapshot()
+        self._lines = JsonLines(journal)
+        self._thread = threading.Thread(target=self._run, name="grd-saver", daemon=True)
+        self._thread.start()
+
+    def put(self, entry: dict[str, Any]) -> None:
+        """Queue one journal entry; never blocks. The entry must not be changed afterwards."""
+        self._queue.put(entry)
+
+    def close(self) -> None:
+        """Write what is queued, take the last snapshot, end the thread. Raises the OSError that lost data."""
+        if self._lines is None:
+            return
+        self._queue.put(_END)
+        self._thread.join()
+        try:
+            self._snapshot()
+        finally:
+            self._lines.close()
+            self._lines = None
+
+    def discard_journal(self) -> None:
+        """Remove the journal once the notebook itself holds everything."""
+        with contextlib.suppress(OSError):
+            self._journal.unlink(missing_ok=True)
+
+    def _run(self) -> None:
+        ended = False
+        unsynced_since: float | None = None
+        while not ended:
+            entries, ended = self._take()
+            if entries:
+                self._append(entries)
+                unsynced_since = unsynced_since or time.monotonic()
+            if unsynced_since and time.monotonic() - unsynced_since >= SYNC_SECONDS:
+                self._sync()
+                unsynced_since = None
+            if not ended and self._snapshot_is_due():
+                try:
+                    self._snapshot()
+                except OSError as error:
+                    self._since_snapshot = 0  # not at every output again: the journal holds it
+                    self._trouble(error)
+
+    def _take(self) -> tuple[list[dict[str, Any]], bool]:
+        """What has gathered: waits for a first entry, then a little longer for its neighbours."""
+        entries: list[dict[str, Any]] = []
+        try:
+            entry = self._queue.get(timeout=SYNC_SECONDS)
+        except queue.Empty:
+            return entries, False
+        give_up = time.monotonic() + FLUSH_SECONDS
+        while entry is not _END:
+            entries.append(entry)
+            try:
+                entry = self._queue.get(timeout=max(0.0, give_up - time.monotonic()))
+            except queue.Empty:
+                return entries, False
+        return entries, True
+
+    def _append(self, entries: list[dict[str, Any]]) -> None:
+        chunk = bytearray()
+        for entry in entries:
+            notebook_journal.apply(self._notebook, entry)
+            line = json.dumps(entry, ensure_ascii=False, separators=(",", ":"))
+            chunk += line.encode("utf-8", "backslashreplace") + b"\n"
+        self._since_snapshot += len(chunk)
+        if self._hole_since is not None or self._lines is None:
+            return  # entries after a lost one would be applied to the wrong notebook: a snapshot first
+        try:
+            self._lines.append_bytes(bytes(chunk))
+        except OSError as error:
+            self._hole_since = time.monotonic()
+            self._trouble(error)
+
+    def _snapshot_is_due(self) -> bool:
+        if self._hole_since is not None:
+            return time.monotonic() - self._hole_since >= RETRY_SECONDS
+        return self._since_snapshot > max(self._snapshot_bytes, MIN_SNAPSHOT_BYTES)
+
+    def _snapshot(self) -> None:
+        if self._hole_since is not None:
+            self._hole_since = time.monotonic()
+        journal_bytes = self._lines.size() if self._lines is not None else 0
+        self._notebook["metadata"].setdefault("grd", {})["journal_bytes"] = journal_bytes
+        data = notebook_journal.encode(self._notebook)
+        self._write(self._output, data)
+        self._snapshot_bytes = len(data)
+        self._since_snapshot = 0
+        self._hole_since = None
+
+    def _sync(self) -> None:
+        with contextlib.suppress(OSError):
+            if self._lines is not None:
+                self._lines.sync()
+
+    def _trouble(self, error: OSError) -> None:
+        first = self.error is None
+        self.error = error
+        if first and self._on_trouble is not None:
+            self._on_trouble(error)

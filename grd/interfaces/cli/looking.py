@@ -1,0 +1,162 @@
+"""``grd status``, ``list``, ``logs``, ``result``: looking at runs. Loads neither papermill nor torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from grd import contract
+from grd.interfaces.cli.rendering import describe_end, format_number, local_time, print_json
+from grd.runs import recovery
+from grd.runs.folder import find_run
+from grd.runs.model import RunRecord
+from grd.steps import run as runs
+
+_runs_dir = click.option("--runs-dir", metavar="DIR", help="Where the runs lie. Default: experiments/.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.command()
+@click.argument("run", required=False)
+@_runs_dir
+@_json
+def status(run: str | None, runs_dir: str | None, as_json: bool) -> None:
+    """What RUN is doing; without RUN, what runs, what can be resumed, what failed.
+
+    Each comes with the next command to type.
+    """
+    folder = runs.runs_folder(runs_dir)
+    if run is not None:
+        shown = runs.status_of(find_run(folder, run))
+        if as_json:
+            print_json(shown)
+        else:
+            click.echo("\n".join(describe_end(shown)))
+        return
+    entries = [(place, record) for place, record in recovery.all_current(folder)]
+    if as_json:
+        print_json(
+            {
+                "schema": "grd.status/1",
+                "runs_dir": str(folder),
+                "running": [_row(record) for _, record in entries if record.state in _UNDER_WAY],
+                "resumable": [_row(record) for _, record in entries if record.state == contract.INTERRUPTED],
+                "failed": [_row(record) for _, record in entries if record.state == contract.FAILED],
+                "completed": sum(record.state == contract.COMPLETED for _, record in entries),
+            }
+        )
+        return
+    if not entries:
+        click.echo(f"no runs in {folder} yet; start one: grd research NOTEBOOK")
+        return
+    _section("Running", [r for _, r in entries if r.state in _UNDER_WAY])
+    _section("Can be resumed", [r for _, r in entries if r.state == contract.INTERRUPTED])
+    _section("Failed", [r for _, r in entries if r.state == contract.FAILED])
+    done = sum(record.state == contract.COMPLETED for _, record in entries)
+    click.echo(f"{done} completed; see: grd list")
+
+
+_UNDER_WAY = (contract.RUNNING, contract.QUEUED)
+
+
+def _section(title: str, records: list[RunRecord]) -> None:
+    if not records:
+        return
+    click.echo(f"{title}:")
+    for record in records:
+        because = f" ({record.cause})" if record.cause else ""
+        click.echo(f"  {record.run_id}  {record.state}{because}")
+        if record.detail:
+            click.echo(f"      {record.detail}")
+        following = record.resume_command or f"grd status {record.run_id}"
+        click.echo(f"      next: {following}")
+
+
+@click.command("list")
+@click.option("--state", type=click.Choice(contract.STATES), help="Only runs in this state.")
+@click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="At most so many.")
+@_runs_dir
+@_json
+def list_runs(state: str | None, limit: int, runs_dir: str | None, as_json: bool) -> None:
+    """This project's runs, newest first."""
+    folder = runs.runs_folder(runs_dir)
+    entries = [r for _, r in recovery.all_current(folder) if state is None or r.state == state]
+    if as_json:
+        shown = [_row(record) for record in entries[:limit]]
+        print_json({"schema": "grd.list/1", "runs_dir": str(folder), "total": len(entries), "runs": shown})
+        return
+    if not entries:
+        click.echo(f"no runs in {folder}; start one: grd research NOTEBOOK")
+        return
+    width = max(len(record.run_id) for record in entries[:limit])
+    click.echo(f"{'RUN':<{width}}  {'STATE':<11}  {'CAUSE':<17}  {'STARTED':<19}  METRICS")
+    for record in entries[:limit]:
+        metrics = " ".join(f"{name}={format_number(value)}" for name, value in record.metrics.items())
+        started = local_time(record.started_at)
+        state = f"{record.state:<11}  {record.cause or '-':<17}"
+        click.echo(f"{record.run_id:<{width}}  {state}  {started:<19}  {metrics}".rstrip())
+    if len(entries) > limit:
+        click.echo(f"... {len(entries) - limit} more; --limit shows them")
+
+
+def _row(record: RunRecord) -> dict[str, Any]:
+    names = (
+        "run_id",
+        "state",
+        "cause",
+        "detail",
+        "resumable",
+        "attempt",
+        "created_at",
+        "started_at",
+        "ended_at",
+    )
+    more = ("parameters", "metrics", "progress", "checkpoint", "resume_command", "folder")
+    return {name: getattr(record, name) for name in (*names, *more)}
+
+
+@click.command()
+@click.argument("run")
+@click.option("--tail", type=click.IntRange(0), metavar="N", help="Only the last N lines.")
+@click.option("--runner", is_flag=True, help="What runner and kernel process said, rather than the cells.")
+@_runs_dir
+def logs(run: str, tail: int | None, runner: bool, runs_dir: str | None) -> None:
+    """What the cells of RUN printed, errors included; complete also while it runs."""
+    found = runs.Run(find_run(runs.runs_folder(runs_dir), run))
+    record = found.record
+    if runner:
+        path = find_run(runs.runs_folder(runs_dir), run).attempt(record.attempt).log
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    else:
+        try:
+            text = found.logs()
+        except (OSError, ValueError):
+            text = ""
+            click.echo(f"grd: attempt {record.attempt} has no notebook yet; try --runner", err=True)
+    lines = text.splitlines()
+    shown = lines if tail is None else lines[len(lines) - min(tail, len(lines)) :]
+    for line in shown:
+        click.echo(line)
+
+
+@click.command()
+@click.argument("run")
+@_runs_dir
+@_json
+def result(run: str, runs_dir: str | None, as_json: bool) -> None:
+    """Metrics of RUN and where its notebook, checkpoints and record lie."""
+    shown = runs.result_of(find_run(runs.runs_folder(runs_dir), run))
+    if as_json:
+        print_json(shown)
+        return
+    because = f" ({shown['cause']})" if shown["cause"] else ""
+    click.echo(f"{shown['run_id']}: {shown['state']}{because}")
+    for name, value in shown["metrics"].items():
+        click.echo(f"  {name:<20} {format_number(value)}")
+    click.echo(f"  {'notebook':<20} {shown['output_notebook']}")
+    if shown["checkpoint"]:
+        click.echo(f"  {'checkpoint':<20} {shown['checkpoint']['path']}")
+    click.echo(f"  {'folder':<20} {shown['folder']}")
+    if shown["resume_command"]:
+        click.echo(f"  {'next':<20} {shown['resume_command']}")

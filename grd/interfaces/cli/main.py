@@ -1,0 +1,96 @@
+"""The command ``grd``: commands are imported when they are typed, so that ``grd status`` starts fast."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+import grd
+from grd.errors import GrdError
+from grd.interfaces.cli import exit_codes
+
+_COMMANDS = {
+    "explore": ("grd.interfaces.cli.explore", "explore", "Profile this machine into the report."),
+    "research": ("grd.interfaces.cli.research", "research", "Run a training notebook that survives."),
+    "resume": ("grd.interfaces.cli.research", "resume", "Go on with an interrupted or failed run."),
+    "status": ("grd.interfaces.cli.looking", "status", "What a run, or the whole project, is doing."),
+    "list": ("grd.interfaces.cli.looking", "list_runs", "This project's runs, newest first."),
+    "logs": ("grd.interfaces.cli.looking", "logs", "What a run's cells printed."),
+    "result": ("grd.interfaces.cli.looking", "result", "Metrics of a run and where its files lie."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands' modules are imported only when used; help texts need none of them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of a working day."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command."""
+        if cmd_name not in _COMMANDS:
+            return None
+        module, name, _ = _COMMANDS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, _, text) in _COMMANDS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Name the nearest command for a misspelt one."""
+        if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
+            import difflib
+
+            close = difflib.get_close_matches(args[0], _COMMANDS, 1)
+            hint = f"did you mean: grd {close[0]}" if close else "see: grd --help"
+            raise click.UsageError(f"no command {args[0]!r}; {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(grd.__version__, "-V", "--version", prog_name="grd")
+@click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
+@click.pass_context
+def cli(ctx: click.Context, debug: bool) -> None:
+    """Run Jupyter notebooks as ML experiments that survive.
+
+    Data goes to stdout, progress and messages to stderr. Exit codes: 0 ok, 1 the run failed, 2 usage,
+    66 no such run or notebook, 69 resource unavailable, 75 interrupted and resumable, 77 approval required,
+    78 bad configuration.
+    """
+    ctx.obj = {"debug": debug}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: runs a command and exits with its code; errors are one line."""
+    args = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in args or bool(os.environ.get("GRD_DEBUG"))
+    try:
+        code = cli.main(args=args, prog_name="grd", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        code = stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("grd: interrupted", err=True)
+        code = 130
+    except GrdError as error:
+        if debug:
+            raise
+        click.echo(f"grd: {' '.join(str(error).split())}", err=True)
+        code = exit_codes.of_error(error)
+    except BrokenPipeError:
+        # The reader went away (`grd logs | head`): nothing to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code if isinstance(code, int) else 0)

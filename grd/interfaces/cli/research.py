@@ -1,0 +1,241 @@
+"""``grd research`` and ``grd resume``: start a run, go on with one, follow it to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from grd.errors import NotFoundError, UsageError
+from grd.execution.parameters import RawText
+from grd.interfaces.cli import exit_codes
+from grd.interfaces.cli.rendering import ProgressPrinter, describe_end, print_json, say
+from grd.steps.run import Run
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _parameter_options(command: Command) -> Command:
+    for option in (
+        click.option(
+            "--allow-unknown", is_flag=True, help="Inject parameters the notebook does not declare."
+        ),
+        click.option(
+            "-f",
+            "--parameters-file",
+            "files",
+            multiple=True,
+            metavar="FILE",
+            help="Parameters from YAML or JSON.",
+        ),
+        click.option(
+            "-y", "--parameters-yaml", "yamls", multiple=True, metavar="YAML", help="Parameters as YAML."
+        ),
+        click.option(
+            "-r",
+            "--raw",
+            "raws",
+            nargs=2,
+            multiple=True,
+            metavar="NAME VALUE",
+            help="A parameter that is text.",
+        ),
+        click.option(
+            "-p",
+            "--parameter",
+            "pairs",
+            nargs=2,
+            multiple=True,
+            metavar="NAME VALUE",
+            help="A parameter; its type is the one the notebook declares.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _limit_options(command: Command) -> Command:
+    for option in (
+        click.option("-q", "--quiet", is_flag=True, help="No progress on stderr."),
+        click.option(
+            "--json", "as_json", is_flag=True, help="Print the ended run as JSON (schema grd.run/1)."
+        ),
+        click.option("--runs-dir", metavar="DIR", help="Where the runs lie. Default: experiments/."),
+        click.option(
+            "--grace", metavar="TIME", help="From a stop request to the kill, time to save. Default: 30s."
+        ),
+        click.option("--budget", metavar="TIME", help="Cap on all attempts of the run together, such as 4h."),
+        click.option(
+            "--timeout",
+            metavar="TIME",
+            help="Cap on one attempt, such as 90s, 30m, 3h; then it saves and stops, and can be resumed. "
+            "Without it and without --budget all attempts together get 10m.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("notebook")
+@_parameter_options
+@_limit_options
+@click.option("--name", metavar="NAME", help="Part of the run id. Default: the notebook's file name.")
+@click.option("--kernel", metavar="NAME", help="Kernel to use. Default: the one the notebook names.")
+@click.option("--checkpoint-dir", metavar="DIR", help="Where checkpoints go. Default: in the run's folder.")
+def research(
+    notebook: str,
+    pairs: tuple[tuple[str, str], ...],
+    raws: tuple[tuple[str, str], ...],
+    yamls: tuple[str, ...],
+    files: tuple[str, ...],
+    allow_unknown: bool,
+    name: str | None,
+    kernel: str | None,
+    checkpoint_dir: str | None,
+    timeout: str | None,
+    budget: str | None,
+    grace: str | None,
+    runs_dir: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Run NOTEBOOK with a deadline and a checkpoint folder.
+
+    Ctrl-C or SIGTERM asks the run to save and stop (a second one kills it). Exit code: 0 completed,
+    1 the notebook failed, 75 interrupted: the command to go on with is printed.
+
+    \b
+    Examples:
+      grd research train.ipynb
+      grd research train.ipynb -p lr 0.01 -p epochs 40 --timeout 2h
+      grd research train.ipynb -f params.yaml --timeout 8m --budget 4h --json
+    """
+    from grd.steps import researcher
+
+    printer = ProgressPrinter(quiet=quiet)
+    run = researcher.research(
+        notebook,
+        gather(pairs, raws, yamls, files),
+        timeout=timeout,
+        budget=budget,
+        name=name,
+        kernel=kernel,
+        checkpoint_dir=checkpoint_dir,
+        grace=grace,
+        runs_dir=runs_dir,
+        allow_unknown=allow_unknown,
+        on_start=lambda started: _announce(started, quiet),
+        on_event=printer,
+        on_note=say,
+    )
+    _finish(run, printer, as_json)
+
+
+@click.command()
+@click.argument("run")
+@click.option("--notebook", metavar="EDITED", help="Go on with this notebook instead of the run's own copy.")
+@click.option(
+    "--from", "from_epoch", type=int, metavar="EPOCH", help="Go back to the checkpoint after this epoch."
+)
+@_parameter_options
+@_limit_options
+def resume(
+    run: str,
+    notebook: str | None,
+    from_epoch: int | None,
+    pairs: tuple[tuple[str, str], ...],
+    raws: tuple[tuple[str, str], ...],
+    yamls: tuple[str, ...],
+    files: tuple[str, ...],
+    allow_unknown: bool,
+    timeout: str | None,
+    budget: str | None,
+    grace: str | None,
+    runs_dir: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Go on with RUN (an id, a unique part of one, or "last") from its last good checkpoint.
+
+    Takes interrupted and failed runs; completed ones if something changed. Every change is recorded.
+
+    \b
+    Examples:
+      grd resume last
+      grd resume 4f2a --notebook train_fixed.ipynb
+      grd resume last -p epochs 80 --timeout 1h
+    """
+    from grd.steps import researcher
+
+    printer = ProgressPrinter(quiet=quiet)
+    ended = researcher.resume(
+        run,
+        gather(pairs, raws, yamls, files),
+        notebook=notebook,
+        from_epoch=from_epoch,
+        timeout=timeout,
+        budget=budget,
+        grace=grace,
+        runs_dir=runs_dir,
+        allow_unknown=allow_unknown,
+        on_start=lambda started: _announce(started, quiet),
+        on_event=printer,
+        on_note=say,
+    )
+    _finish(ended, printer, as_json)
+
+
+def gather(
+    pairs: tuple[tuple[str, str], ...],
+    raws: tuple[tuple[str, str], ...],
+    yamls: tuple[str, ...],
+    files: tuple[str, ...],
+) -> dict[str, Any]:
+    """All parameters of a command line; what is more specific wins: file < yaml < -p < -r."""
+    found: dict[str, Any] = {}
+    for path in files:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise NotFoundError(f"no parameters file {path}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"parameters file {path} cannot be read: {error}") from None
+        found.update(_mapping(text, path))
+    for text in yamls:
+        found.update(_mapping(text, "-y"))
+    found.update({name: RawText(value) for name, value in pairs})
+    found.update({name: str(value) for name, value in raws})
+    return found
+
+
+def _mapping(text: str, origin: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{origin}: no valid YAML: {' '.join(str(error).split())}") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise UsageError(f"{origin}: parameters must be a mapping of names to values")
+    return value
+
+
+def _announce(run: Run, quiet: bool) -> None:
+    if not quiet:
+        say(f"run {run.id}")
+        say(f"folder {run.folder}")
+
+
+def _finish(run: Run, printer: ProgressPrinter, as_json: bool) -> None:
+    printer.close()
+    shown = run.to_dict()
+    if as_json:
+        print_json(shown)
+    else:
+        click.echo("\n".join(describe_end(shown)))
+    raise click.exceptions.Exit(exit_codes.of_run(shown["state"], shown["cause"]))

@@ -1,0 +1,132 @@
+"""The record of a run: what run.json holds, and its words."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from typing import Any
+
+from grd import contract
+from grd.errors import ConfigurationError
+
+
+def now_iso() -> str:
+    """The time now as ISO 8601 in UTC, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@dataclass(kw_only=True)
+class Attempt:
+    """One papermill execution of a run."""
+
+    number: int
+    lineage: int
+    resume: bool
+    state: str = contract.QUEUED
+    cause: str | None = None
+    detail: str | None = None
+    started_at: str | None = None
+    ended_at: str | None = None
+    seconds: float = 0.0
+    """Awake time (CLOCK_MONOTONIC) from the runner's start to its end."""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    notebook_sha256: str | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
+    """What was changed against the attempt before: notebook, parameters, timeout, budget, from_epoch."""
+    stop: dict[str, Any] | None = None
+    """How a stop went: reason, stages with seconds since the request, killed."""
+    cells: dict[str, int] = field(default_factory=dict)
+    """Number of code cells by status at the end."""
+    oom: str | None = None
+
+
+@dataclass(kw_only=True)
+class RunRecord:
+    """What run.json holds. Times are ISO 8601 in UTC, durations seconds."""
+
+    schema: str = contract.SCHEMA_RUN
+    run_id: str
+    name: str
+    state: str = contract.QUEUED
+    cause: str | None = None
+    detail: str | None = None
+    resumable: bool = False
+    attempt: int = 1
+    lineage: int = 1
+    runner: dict[str, Any] | None = None
+    """pid, started (clock ticks since boot), host, boot_id."""
+    kernel_pid: int | None = None
+    kernel_name: str | None = None
+    language: str | None = None
+    notebook: str
+    notebook_sha256: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    working_dir: str
+    checkpoint_dir: str
+    declared: list[str] = field(default_factory=list)
+    """Which of timeout, checkpoint_dir, resume the notebook declares."""
+    created_at: str
+    started_at: str | None = None
+    ended_at: str | None = None
+    deadline: str | None = None
+    timeout: float | None = None
+    """Cap on one attempt as somebody typed it; None if nobody did."""
+    budget: dict[str, Any] = field(default_factory=dict)
+    """seconds (cap on all attempts together, or None), used_seconds, agreed ("typed" or "default")."""
+    grace: float = contract.DEFAULT_GRACE_SECONDS
+    start_timeout: float = contract.DEFAULT_START_TIMEOUT_SECONDS
+    checkpoint: dict[str, Any] | None = None
+    """epoch, step, path of the newest checkpoint."""
+    progress: dict[str, Any] | None = None
+    """name, n, total, eta_seconds."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    resume_command: str | None = None
+    folder: str
+    grd_version: str = ""
+    attempts: list[Attempt] = field(default_factory=list)
+
+    @property
+    def current(self) -> Attempt:
+        """The newest attempt."""
+        return self.attempts[-1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, in the order of the fields."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> RunRecord:
+        """The record in ``value``; unknown fields of a newer grd are left out. Raises ConfigurationError."""
+        schema = str(value.get("schema", ""))
+        if not schema.startswith("grd.run/"):
+            raise ConfigurationError(f"run.json has schema {schema!r}, which is no grd run")
+        known = {f.name for f in fields(cls)}
+        known_attempt = {f.name for f in fields(Attempt)}
+        kept = {name: item for name, item in value.items() if name in known}
+        kept["attempts"] = [
+            Attempt(**{name: item for name, item in attempt.items() if name in known_attempt})
+            for attempt in value.get("attempts", [])
+        ]
+        try:
+            return cls(**kept)
+        except TypeError as error:
+            raise ConfigurationError(f"run.json is incomplete: {error}") from None
+
+
+def seconds_left(record: RunRecord) -> tuple[float, str]:
+    """How long the next attempt may run in seconds, and the cause of the end it would meet.
+
+    The smaller of ``timeout`` (one attempt) and what the budget of all attempts has left; where nobody has
+    typed either, the default cap of all attempts together. The result may be zero or less.
+    """
+    cap = record.budget.get("seconds")
+    used = float(record.budget.get("used_seconds") or 0.0)
+    if cap is not None:
+        left = float(cap) - used
+        cause = contract.APPROVAL_REQUIRED if record.budget.get("agreed") == "default" else contract.BUDGET
+        if record.timeout is None or left < record.timeout:
+            return left, cause
+    if record.timeout is None:
+        raise ConfigurationError("run.json has neither timeout nor budget")
+    return record.timeout, contract.DEADLINE

@@ -1,0 +1,137 @@
+"""The notebook on disk: a snapshot and the journal of what came after it.
+
+A snapshot is the whole .ipynb, replaced atomically. The journal has one JSON line for each cell event and
+output. ``metadata.grd.journal_bytes`` of a snapshot says how much of the journal it already holds, so that
+`rebuild` gives the notebook as it was when the last journal line was written. The same `apply` keeps the
+writer's own copy, so what is rebuilt is what was meant.
+
+Everything here is plain JSON values (dicts, lists), no nbformat: recovery runs inside ``grd status``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from grd.files import read_json, read_json_lines
+
+Notebook = dict[str, Any]
+
+CELL = "cell"  # i, metadata (papermill's), execution_count
+OUTPUT = "output"  # i, output
+CLEAR = "clear"  # i
+UPDATE = "update"  # i, at, data, metadata: an earlier display was updated in place
+HEADER = "header"  # papermill, grd: metadata of the notebook
+WIDGETS = "widgets"  # widgets, language_info
+
+
+def apply(notebook: Notebook, entry: dict[str, Any]) -> int | None:
+    """Apply one journal entry in place; returns the index of the cell it changed, None for the header.
+
+    An entry that does not fit (a journal of another notebook) is ignored.
+    """
+    kind = entry.get("op")
+    if kind == HEADER:
+        for name in ("papermill", "grd"):
+            if name in entry:
+                notebook["metadata"].setdefault(name, {}).update(entry[name])
+        return None
+    if kind == WIDGETS:
+        notebook["metadata"].update(entry["metadata"])
+        return None
+    index = entry.get("i")
+    if not isinstance(index, int) or not 0 <= index < len(notebook["cells"]):
+        return None
+    cell = notebook["cells"][index]
+    if kind == CELL:
+        cell["metadata"]["papermill"] = dict(entry["metadata"])
+        if cell["cell_type"] == "code" and "execution_count" in entry:
+            cell["execution_count"] = entry["execution_count"]
+    elif cell["cell_type"] != "code":
+        return None
+    elif kind == OUTPUT:
+        cell.setdefault("outputs", []).append(entry["output"])
+    elif kind == CLEAR:
+        cell["outputs"] = []
+    elif kind == UPDATE:
+        outputs = cell.get("outputs", [])
+        if 0 <= entry["at"] < len(outputs):
+            outputs[entry["at"]] = {
+                **outputs[entry["at"]],
+                "data": entry["data"],
+                "metadata": entry["metadata"],
+            }
+    return index
+
+
+def rebuild(snapshot: Path, journal: Path) -> Notebook:
+    """The notebook as it was when the last journal line was written.
+
+    Raises OSError or ValueError if the snapshot cannot be read; a missing journal means nothing came after.
+    """
+    notebook: Notebook = read_json(snapshot)
+    state = notebook["metadata"].get("grd", {})
+    if state.get("complete"):
+        return notebook
+    for _, entry in read_json_lines(journal, int(state.get("journal_bytes", 0))):
+        apply(notebook, entry)
+    return notebook
+
+
+def mark_lost(notebook: Notebook) -> Notebook:
+    """Say of a notebook whose runner died what is known: the running cell was interrupted."""
+    for cell in notebook["cells"]:
+        papermill = cell["metadata"].get("papermill", {})
+        if papermill.get("status") == "running":
+            papermill["status"] = "interrupted"
+            papermill["exception"] = True
+    notebook["metadata"].setdefault("papermill", {})["exception"] = True
+    return notebook
+
+
+def count_cells(notebook: Notebook) -> dict[str, int]:
+    """Number of code cells by papermill status."""
+    counts: dict[str, int] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            status = cell["metadata"].get("papermill", {}).get("status", "pending")
+            counts[status] = counts.get(status, 0) + 1
+    return counts
+
+
+def encode(notebook: Notebook) -> bytes:
+    """The .ipynb file of ``notebook``: text in lists of lines as Jupyter writes it, one space of indent."""
+    shallow = dict(notebook)
+    shallow["cells"] = [_with_line_lists(cell) for cell in notebook["cells"]]
+    # surrogates from a kernel's undecodable bytes must not lose the rest of the notebook
+    return (json.dumps(shallow, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode(
+        "utf-8", "replace"
+    )
+
+
+def _with_line_lists(cell: dict[str, Any]) -> dict[str, Any]:
+    shown = dict(cell)
+    shown["source"] = _lines(cell.get("source", ""))
+    if cell["cell_type"] == "code":
+        shown["outputs"] = [_output_lines(output) for output in cell.get("outputs", [])]
+    if "attachments" in cell:
+        shown["attachments"] = copy.deepcopy(cell["attachments"])
+    return shown
+
+
+def _output_lines(output: dict[str, Any]) -> dict[str, Any]:
+    shown = dict(output)
+    if "text" in shown:
+        shown["text"] = _lines(shown["text"])
+    if isinstance(shown.get("data"), dict):
+        shown["data"] = {
+            kind: value if kind == "application/json" or kind.endswith("+json") else _lines(value)
+            for kind, value in shown["data"].items()
+        }
+    return shown
+
+
+def _lines(text: Any) -> Any:
+    return text.splitlines(True) if isinstance(text, str) else text

@@ -1,0 +1,142 @@
+"""Moves a run whose runner died to its true end state and rebuilds its notebook.
+
+Called by whoever looks next (status, list, wait, resume), under a lock of its own. On a folder that cannot
+be written it only reports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from datetime import datetime
+
+from grd import contract
+from grd.errors import ConfigurationError, RunNotFound
+from grd.files import atomic_write, take_lock
+from grd.runs import notebook_journal, store
+from grd.runs.events import EventLog, view_of
+from grd.runs.folder import RunFolder, process_marker
+from grd.runs.liveness import needs_recovery
+from grd.runs.model import RunRecord, now_iso
+from grd.runs.processes import boot_id, is_alive, reap
+
+
+def current_record(folder: RunFolder) -> RunRecord:
+    """The record as it truly is now: recovered first if its runner is gone.
+
+    Raises RunNotFound or ConfigurationError.
+    """
+    record = store.load(folder)
+    if not needs_recovery(folder, record):
+        return record
+    try:
+        lock = take_lock(folder.recovery_lock, wait_seconds=0.5)
+    except OSError:
+        return _as_lost(folder, record)  # a read-only folder: the truth is told, but not stored
+    if lock is None:
+        return _as_lost(folder, store.load(folder))
+    try:
+        record = store.load(folder)
+        if needs_recovery(folder, record):
+            record = _recover(folder, record)
+        return record
+    finally:
+        os.close(lock)
+
+
+def all_current(runs_dir: os.PathLike[str]) -> list[tuple[RunFolder, RunRecord]]:
+    """All runs in ``runs_dir`` as they truly are, newest first."""
+    from pathlib import Path
+
+    found = []
+    for folder, _ in store.load_all(Path(runs_dir)):
+        with contextlib.suppress(RunNotFound, ConfigurationError):
+            found.append((folder, current_record(folder)))
+    return found
+
+
+def _as_lost(folder: RunFolder, record: RunRecord) -> RunRecord:
+    if not needs_recovery(folder, record):
+        return record
+    cause, detail = _what_was_lost(record)
+    record.state, record.cause, record.detail = contract.INTERRUPTED, cause, detail
+    record.resumable = True
+    record.ended_at = record.ended_at or _last_sign_of_life(folder)
+    record.resume_command = resume_command(record)
+    attempt = record.current
+    attempt.state, attempt.cause, attempt.detail = record.state, cause, detail
+    attempt.ended_at = record.ended_at
+    view = view_of(folder.events)
+    record.progress, record.checkpoint = view.progress, view.checkpoint or record.checkpoint
+    record.metrics = view.metrics
+    return record
+
+
+def _recover(folder: RunFolder, record: RunRecord) -> RunRecord:
+    # The dead runner's kernel and its children first: a notebook that still runs may still write.
+    if record.runner is None or record.runner.get("boot_id") == boot_id():
+        reap(process_marker(record.run_id, record.attempt))
+    record = _as_lost(folder, record)
+    attempt = record.current
+    attempt.seconds = max(attempt.seconds, _seconds_between(attempt.started_at, record.ended_at))
+    used = float(record.budget.get("used_seconds") or 0.0)
+    record.budget["used_seconds"] = round(used + attempt.seconds, 3)
+    record.kernel_pid = None
+    paths = folder.attempt(record.attempt)
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        notebook = notebook_journal.mark_lost(notebook_journal.rebuild(paths.output, paths.journal))
+        notebook["metadata"].setdefault("grd", {}).update(
+            state=record.state, cause=record.cause, attempt=record.attempt, complete=True
+        )
+        attempt.cells = notebook_journal.count_cells(notebook)
+        atomic_write(paths.output, notebook_journal.encode(notebook))
+        paths.journal.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        log = EventLog(folder.events, record.attempt)
+        log.write(contract.EVENT_STATE, state=record.state, cause=record.cause, recovered=True)
+        log.close()
+        store.save(folder, record)
+    return record
+
+
+def _what_was_lost(record: RunRecord) -> tuple[str, str]:
+    if record.runner is None:
+        return contract.RUNNER_LOST, "the runner never started"
+    pid = record.runner.get("pid")
+    if record.runner.get("boot_id") != boot_id():
+        return contract.HOST_LOST, f"the machine was restarted, or runner {pid} was on another one"
+    still = " (it is stopped or cut off from its lock)" if is_alive(record.runner) else ""
+    return contract.RUNNER_LOST, f"runner {pid} is gone without having written its end{still}"
+
+
+def _last_sign_of_life(folder: RunFolder) -> str:
+    newest = 0.0
+    for path in (folder.events, folder.heartbeat, folder.record):
+        with contextlib.suppress(OSError):
+            newest = max(newest, path.stat().st_mtime)
+    if newest == 0.0:
+        return now_iso()
+    from datetime import UTC
+
+    return datetime.fromtimestamp(newest, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _seconds_between(start: str | None, end: str | None) -> float:
+    if not start or not end:
+        return 0.0
+    with contextlib.suppress(ValueError):
+        return max(0.0, (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds())
+    return 0.0
+
+
+def resume_command(record: RunRecord) -> str | None:
+    """What to type to go on with this run; None if there is nothing to go on with."""
+    if not contract.is_resumable(record.state, record.cause):
+        return None
+    command = f"grd resume {record.run_id}"
+    if record.cause in (contract.APPROVAL_REQUIRED, contract.BUDGET):
+        seconds = float(record.budget.get("seconds") or 0.0)
+        more = max(3600, int(seconds * 4))
+        flag = "--budget" if record.cause == contract.BUDGET else "--timeout"
+        return f"{command} {flag} {more // 3600}h"
+    return command

@@ -1,0 +1,398 @@
+"""The Researcher: run a training notebook with a deadline and a checkpoint folder, and resume it.
+
+Everything that can be wrong with the request is found before a kernel or a run folder exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grd
+from grd import contract
+from grd.errors import (
+    ApprovalRequired,
+    NotebookError,
+    NotFoundError,
+    ParameterError,
+    ResumeError,
+    RunBusy,
+    UsageError,
+)
+from grd.execution.launch import acquire, start_runner
+from grd.execution.notebooks import Kernel, Source, find_kernel, read_notebook
+from grd.execution.parameters import ParametersCell, read_parameters_cell, resolve
+from grd.files import atomic_write, write_json
+from grd.runs import recovery, store
+from grd.runs.folder import RunFolder, new_run_id
+from grd.runs.model import Attempt, RunRecord, now_iso, seconds_left
+from grd.runs.stop_request import forget_request
+from grd.settings import Settings, find_project_root, format_duration, load_settings, parse_duration
+from grd.steps.following import follow
+from grd.steps.run import Run, runs_folder, status
+
+OnEvent = Callable[[dict[str, Any]], None]
+OnNote = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A notebook that was read and checked, with what it will be given."""
+
+    source: Source
+    kernel: Kernel
+    cell: ParametersCell
+    parameters: dict[str, Any]
+    warnings: list[str]
+
+    @property
+    def declared(self) -> list[str]:
+        """Which of the injected names the notebook declares."""
+        return [name for name in contract.INJECTED_PARAMETERS if self.cell.declares(name)]
+
+
+def research(
+    notebook: str | Path,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    timeout: float | str | None = None,
+    budget: float | str | None = None,
+    name: str | None = None,
+    kernel: str | None = None,
+    checkpoint_dir: str | Path | None = None,
+    grace: float | str | None = None,
+    runs_dir: str | Path | None = None,
+    allow_unknown: bool = False,
+    on_start: Callable[[Run], None] | None = None,
+    on_event: OnEvent | None = None,
+    on_note: OnNote | None = None,
+) -> Run:
+    """Run ``notebook`` to its end, or to an interruption; the `Run` tells which.
+
+    ``timeout`` (one attempt), ``budget`` (all attempts together) and ``grace`` are seconds or ``"30m"``.
+    Raises NotebookNotFound, NotebookError, ParameterError, KernelUnavailable or UsageError before anything
+    is started or written.
+    """
+    root = find_project_root(Path.cwd())
+    settings, _ = load_settings(root, {"grace": grace})
+    request = check(str(notebook), parameters or {}, kernel=kernel, allow_unknown=allow_unknown)
+    limits = _limits(timeout, budget, settings)
+    folder = _create(request, settings, limits, runs_folder(runs_dir), name, checkpoint_dir)
+    for warning in request.warnings:
+        _note(on_note, warning)
+    return _execute(folder, 1, on_start, on_event, on_note)
+
+
+def resume(
+    run: str | Run,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    notebook: str | Path | None = None,
+    from_epoch: int | None = None,
+    timeout: float | str | None = None,
+    budget: float | str | None = None,
+    grace: float | str | None = None,
+    runs_dir: str | Path | None = None,
+    allow_unknown: bool = False,
+    on_start: Callable[[Run], None] | None = None,
+    on_event: OnEvent | None = None,
+    on_note: OnNote | None = None,
+) -> Run:
+    """Go on with an interrupted or failed run, or with a completed one if something changed.
+
+    ``notebook`` replaces the run's own copy, ``from_epoch`` goes back to the checkpoint after that epoch.
+    Raises RunNotFound, RunBusy, ResumeError, ApprovalRequired, and what `research` raises, before anything
+    is started or changed.
+    """
+    folder = status(run, runs_dir=runs_dir)._folder
+    record = recovery.current_record(folder)
+    if record.state in (contract.RUNNING, contract.QUEUED):
+        raise RunBusy(f"{record.run_id} is {record.state}; see: grd status {record.run_id}")
+    lock = acquire(folder)
+    try:
+        record = store.load(folder)
+        changes = _apply_changes(
+            folder, record, parameters or {}, notebook, from_epoch, allow_unknown=allow_unknown
+        )
+        _apply_limits(record, changes, timeout, budget, grace)
+        _check_resumable(record, changes)
+        edited = changes.pop("text", None)
+        attempt = Attempt(
+            number=record.attempt + 1,
+            lineage=record.lineage + (1 if from_epoch is not None else 0),
+            resume=True,
+            parameters=dict(record.parameters),
+            notebook_sha256=record.notebook_sha256,
+            changes=changes,
+        )
+        record.attempt, record.lineage = attempt.number, attempt.lineage
+        record.attempts.append(attempt)
+        record.state, record.cause, record.detail = contract.QUEUED, None, None
+        record.grd_version = grd.__version__
+        paths = folder.attempt(attempt.number)
+        paths.path.mkdir(parents=True, exist_ok=True)
+        if edited is not None:
+            atomic_write(paths.input, edited)
+        _point_out_changed_original(record, edited is not None, on_note)
+        store.save(folder, record)
+    except BaseException:
+        os.close(lock)
+        raise
+    return _execute(folder, attempt.number, on_start, on_event, on_note, lock=lock)
+
+
+def check(
+    notebook: str, parameters: Mapping[str, Any], *, kernel: str | None = None, allow_unknown: bool = False
+) -> Request:
+    """Read a notebook and check everything about running it. Raises as `research` does."""
+    source = read_notebook(notebook)
+    found = find_kernel(source.notebook, kernel)
+    cell = read_parameters_cell(source.notebook, found.language or "python")
+    resolved = resolve(parameters, cell, allow_unknown=allow_unknown)
+    _check_language(found, resolved, cell)
+    return Request(source, found, cell, resolved, _warnings(cell))
+
+
+def _check_language(kernel: Kernel, parameters: Mapping[str, Any], cell: ParametersCell) -> None:
+    """papermill must know how to write parameters in the kernel's language, if there are any."""
+    injected = any(cell.declares(name) for name in contract.INJECTED_PARAMETERS)
+    if kernel.language == "python" or not (parameters or injected):
+        return
+    from papermill.translators import papermill_translators
+
+    try:
+        papermill_translators.find_translator(kernel.name, kernel.language)
+    except Exception:
+        raise ParameterError(
+            f"papermill writes no parameters for {kernel.language or kernel.name} notebooks; leave them out"
+        ) from None
+
+
+def _warnings(cell: ParametersCell) -> list[str]:
+    if not cell.present:
+        return [
+            "the notebook has no cell tagged 'parameters': timeout, checkpoint_dir and resume cannot be "
+            "injected, so a resume starts from the top"
+        ]
+    missing = [name for name in ("checkpoint_dir", "resume") if not cell.declares(name)]
+    if missing:
+        names = " and ".join(missing)
+        return [f"the notebook's parameters cell does not declare {names}: a resume starts from the top"]
+    return []
+
+
+@dataclass(frozen=True)
+class _Limits:
+    timeout: float | None
+    budget: dict[str, Any]
+
+
+def _limits(timeout: float | str | None, budget: float | str | None, settings: Settings) -> _Limits:
+    attempt_cap = _seconds("--timeout", timeout)
+    total_cap = _seconds("--budget", budget)
+    if attempt_cap is None and total_cap is None:
+        # Nobody has agreed to anything: the default caps all attempts together.
+        return _Limits(None, {"seconds": settings.default_timeout, "used_seconds": 0.0, "agreed": "default"})
+    return _Limits(attempt_cap, {"seconds": total_cap, "used_seconds": 0.0, "agreed": "typed"})
+
+
+def _seconds(flag: str, value: float | str | None) -> float | None:
+    if value is None:
+        return None
+    try:
+        return parse_duration(value)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{flag}: {error}") from None
+
+
+def _create(
+    request: Request,
+    settings: Settings,
+    limits: _Limits,
+    runs_dir: Path,
+    name: str | None,
+    checkpoint_dir: str | Path | None,
+) -> RunFolder:
+    """Make the run folder whole or not at all."""
+    shown_name = name or Path(request.source.location.split("?")[0]).stem
+    run_id = new_run_id(shown_name)
+    folder = RunFolder(runs_dir / run_id)
+    checkpoints = Path(checkpoint_dir).expanduser().resolve() if checkpoint_dir else folder.checkpoints
+    record = RunRecord(
+        run_id=run_id,
+        name=shown_name,
+        notebook=request.source.location,
+        notebook_sha256=request.source.sha256,
+        kernel_name=request.kernel.name,
+        language=request.kernel.language,
+        parameters=request.parameters,
+        declared=request.declared,
+        working_dir=str(Path.cwd()),
+        checkpoint_dir=str(checkpoints),
+        created_at=now_iso(),
+        timeout=limits.timeout,
+        budget=dict(limits.budget),
+        grace=settings.grace,
+        start_timeout=settings.start_timeout,
+        warnings=list(request.warnings),
+        folder=str(folder.path),
+        grd_version=grd.__version__,
+        attempts=[
+            Attempt(
+                number=1,
+                lineage=1,
+                resume=False,
+                parameters=dict(request.parameters),
+                notebook_sha256=request.source.sha256,
+            )
+        ],
+    )
+    staging = RunFolder(runs_dir / f".new-{run_id}")
+    try:
+        staging.attempt(1).path.mkdir(parents=True)
+        checkpoints_here = staging.checkpoints if checkpoint_dir is None else checkpoints
+        checkpoints_here.mkdir(parents=True, exist_ok=True)
+        atomic_write(staging.input, request.source.text)
+        write_json(staging.record, record.to_dict())
+        staging.path.rename(folder.path)
+    except OSError as error:
+        shutil.rmtree(staging.path, ignore_errors=True)
+        raise UsageError(f"no run folder can be made in {runs_dir}: {error.strerror or error}") from None
+    return folder
+
+
+def _apply_changes(
+    folder: RunFolder,
+    record: RunRecord,
+    parameters: Mapping[str, Any],
+    notebook: str | Path | None,
+    from_epoch: int | None,
+    *,
+    allow_unknown: bool,
+) -> dict[str, Any]:
+    """Check what is to be different in the next attempt and put it into ``record``; returns what changed."""
+    changes: dict[str, Any] = {}
+    location = str(notebook) if notebook is not None else str(folder.newest_input(record.attempt))
+    source = read_notebook(location)
+    kernel = find_kernel(source.notebook, None if notebook is not None else record.kernel_name)
+    cell = read_parameters_cell(source.notebook, kernel.language or "python")
+    merged = resolve({**record.parameters, **parameters}, cell, allow_unknown=allow_unknown)
+    _check_language(kernel, merged, cell)
+    if notebook is not None and source.sha256 != record.notebook_sha256:
+        changes["notebook"] = {"from": record.notebook_sha256, "to": source.sha256, "path": source.location}
+        changes["text"] = source.text
+        record.notebook_sha256 = source.sha256
+        record.notebook = source.location
+        record.warnings = _warnings(cell)
+    record.kernel_name, record.language = kernel.name, kernel.language
+    record.declared = [name for name in contract.INJECTED_PARAMETERS if cell.declares(name)]
+    different = {
+        name: {"from": record.parameters.get(name), "to": value}
+        for name, value in merged.items()
+        if name not in record.parameters or record.parameters[name] != value
+    }
+    if different:
+        changes["parameters"] = different
+    record.parameters = merged
+    if from_epoch is not None:
+        _check_epoch(record, from_epoch)
+        changes["from_epoch"] = from_epoch
+    if not Path(record.working_dir).is_dir():
+        raise ResumeError(
+            f"the run's working folder {record.working_dir} is gone; make it again, then resume"
+        )
+    return changes
+
+
+def _check_epoch(record: RunRecord, epoch: int) -> None:
+    from grd.experiment.checkpoint_folder import available_epochs, scan
+
+    folder = Path(record.checkpoint_dir)
+    have = available_epochs(folder)
+    if epoch not in have or scan(folder, epoch=epoch).found is None:
+        listed = ", ".join(str(number) for number in have) or "none"
+        raise ResumeError(f"{record.run_id} has no good checkpoint of epoch {epoch} (there are: {listed})")
+
+
+def _apply_limits(
+    record: RunRecord,
+    changes: dict[str, Any],
+    timeout: float | str | None,
+    budget: float | str | None,
+    grace: float | str | None,
+) -> None:
+    attempt_cap, total_cap = _seconds("--timeout", timeout), _seconds("--budget", budget)
+    grace_seconds = _seconds("--grace", grace)
+    if attempt_cap is not None:
+        changes["timeout"] = {"from": record.timeout, "to": attempt_cap}
+        record.timeout = attempt_cap
+        if record.budget.get("agreed") == "default":
+            record.budget = {**record.budget, "seconds": None, "agreed": "typed"}
+    if total_cap is not None:
+        changes["budget"] = {"from": record.budget.get("seconds"), "to": total_cap}
+        record.budget = {**record.budget, "seconds": total_cap, "agreed": "typed"}
+    if grace_seconds is not None:
+        record.grace = grace_seconds
+
+
+def _check_resumable(record: RunRecord, changes: Mapping[str, Any]) -> None:
+    worth = set(changes) & {"notebook", "parameters", "from_epoch"}
+    if record.state == contract.COMPLETED and not worth:
+        raise ResumeError(
+            f"{record.run_id} is completed and nothing changed; see: grd result {record.run_id} "
+            "(or give --notebook, -p or --from)"
+        )
+    left, cause = seconds_left(record)
+    if left <= 0:
+        cap = format_duration(float(record.budget["seconds"]))
+        flag = "--timeout 1h" if cause == contract.APPROVAL_REQUIRED else f"--budget {_more(record)}"
+        raise ApprovalRequired(
+            f"the {cap} agreed for all attempts of {record.run_id} are used up; "
+            f"agree to more: grd resume {record.run_id} {flag}"
+        )
+
+
+def _more(record: RunRecord) -> str:
+    return f"{max(1, round(float(record.budget['seconds']) * 2 / 3600))}h"
+
+
+def _point_out_changed_original(record: RunRecord, edited: bool, on_note: OnNote | None) -> None:
+    if edited or "://" in record.notebook:
+        return
+    with contextlib.suppress(NotFoundError, NotebookError):
+        if read_notebook(record.notebook).sha256 != record.notebook_sha256:
+            _note(
+                on_note,
+                f"{record.notebook} has changed since; resuming the run's own copy. "
+                f"To use the changed one: grd resume {record.run_id} --notebook {record.notebook}",
+            )
+
+
+def _note(on_note: OnNote | None, text: str) -> None:
+    if on_note is not None:
+        on_note(text)
+
+
+def _execute(
+    folder: RunFolder,
+    attempt: int,
+    on_start: Callable[[Run], None] | None,
+    on_event: OnEvent | None,
+    on_note: OnNote | None,
+    *,
+    lock: int | None = None,
+) -> Run:
+    held = acquire(folder) if lock is None else lock
+    forget_request(folder)
+    position = folder.events.stat().st_size if folder.events.exists() else 0
+    process = start_runner(folder, attempt, held)
+    run = Run(folder)
+    if on_start is not None:
+        on_start(run)
+    follow(folder, process, since=position, on_event=on_event, on_note=on_note)
+    return run
