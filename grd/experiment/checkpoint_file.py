@@ -1,0 +1,239 @@
+"""One checkpoint file: written whole, hashed while written, and checked before it is read.
+
+With torch a file is what ``torch.save`` makes. Without, it is a zip of ``grd-state.json`` and the raw bytes
+of the arrays. Both are zips, whose own CRCs `zip_is_sound` checks; torch.load checks nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import io
+import json
+import os
+import sys
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import xxhash
+
+from grd.errors import CheckpointError, CheckpointRefused
+from grd.experiment.state_encoding import MARK, decode, encode
+
+TORCH_FORMAT = "torch"
+PLAIN_FORMAT = "grd-plain/1"
+_STATE_MEMBER = "grd-state.json"
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a finished file weighs (bytes), its xxh3_128, and its format."""
+
+    size: int
+    xxh3_128: str
+    format: str
+
+
+class _HashingStream:
+    """A stream that hashes what goes through it, and keeps the first error instead of raising it.
+
+    The error must not pass through torch's C++ zip writer, whose destructor would end the process.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._digest = xxhash.xxh3_128()
+        self.size = 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)
+        if self.error is None:
+            try:
+                self._stream.write(view)
+                self._digest.update(view)
+            except OSError as error:
+                self.error = error
+        self.size += view.nbytes
+        return view.nbytes
+
+    def flush(self) -> None:
+        """Nothing to do: the file is flushed once, at its end."""
+
+    def hexdigest(self) -> str:
+        return str(self._digest.hexdigest())
+
+
+def has_torch() -> bool:
+    """Whether torch can be had, without importing it."""
+    if "torch" in sys.modules:
+        return sys.modules["torch"] is not None
+    try:
+        return importlib.util.find_spec("torch") is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def prepare(state: Mapping[str, Any], *, allow_pickle: bool = False) -> Any:
+    """``state`` as it will be written. Raises CheckpointRefused naming the key that cannot be stored."""
+    torch = _torch()
+    if torch is None:
+        return encode(dict(state), allow_pickle=allow_pickle)
+
+    def blob(data: bytes) -> Any:  # as bytes, torch's pickle protocol would store half as much again
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else data
+
+    return encode(dict(state), allow_pickle=allow_pickle, blob=blob)
+
+
+def _torch() -> Any:
+    if not has_torch():
+        return None
+    try:
+        import torch
+    except ImportError:  # found, but broken: the plain format still saves the work
+        return None
+    return torch
+
+
+def write(path: Path, state: Mapping[str, Any], *, allow_pickle: bool = False) -> Written:
+    """Write ``state`` to a new file ``path``, flushed and synced.
+
+    Raises OSError (also for a full disk) and CheckpointRefused; the caller removes what was begun.
+    """
+    prepared = prepare(state, allow_pickle=allow_pickle)
+    torch = _torch()
+    with open(path, "xb") as file:
+        stream = _HashingStream(file)
+        if torch is not None:
+            torch.save(prepared, stream)
+        else:
+            _write_plain(stream, prepared)
+        if stream.error is not None:
+            raise stream.error
+        file.flush()
+        os.fsync(file.fileno())
+    return Written(stream.size, stream.hexdigest(), TORCH_FORMAT if torch is not None else PLAIN_FORMAT)
+
+
+def digest(path: Path) -> tuple[int, str]:
+    """Size in bytes and xxh3_128 of a file. Raises OSError."""
+    seen = xxhash.xxh3_128()
+    size = 0
+    with open(path, "rb", buffering=0) as stream:
+        while chunk := stream.read(_CHUNK):
+            seen.update(chunk)
+            size += len(chunk)
+    return size, str(seen.hexdigest())
+
+
+def zip_is_sound(path: Path) -> bool:
+    """Whether ``path`` is a zip whose members all match their CRC32. Raises OSError if it cannot be read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return bool(archive.namelist()) and archive.testzip() is None
+    except OSError:
+        raise
+    except Exception:  # damaged zips raise nearly anything: BadZipFile, EOFError, struct.error, ValueError
+        return False
+
+
+def read(path: Path, *, map_location: Any = None, allow_pickle: bool = False) -> dict[str, Any]:
+    """The state in a file that was checked before.
+
+    Raises CheckpointRefused for what needs code, CheckpointError where torch is needed and missing or the
+    file holds no checkpoint.
+    """
+    with zipfile.ZipFile(path) as archive:
+        is_plain = _STATE_MEMBER in archive.namelist()
+        value = _read_plain(archive) if is_plain else None
+    if not is_plain:
+        value = _read_torch(path, map_location)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, not a checkpoint's dictionary")
+    result: dict[str, Any] = decode(value, allow_pickle=allow_pickle)
+    return result
+
+
+def _read_torch(path: Path, map_location: Any) -> Any:
+    torch = _torch()
+    if torch is None:
+        raise CheckpointError(
+            f"{path} was written with torch, which is not installed: pip install torch, then load it again"
+        )
+    if map_location is None and not torch.cuda.is_available():
+        map_location = "cpu"
+    import pickle
+
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = next(
+            (line for line in str(error).splitlines() if "GLOBAL" in line), "it holds Python objects"
+        )
+        raise CheckpointRefused(
+            f"{path} needs code to be loaded, which grd never runs: {reason.strip()}"
+        ) from error
+
+
+# --- the format without torch ------------------------------------------------------------------------
+
+
+def _write_plain(stream: _HashingStream, prepared: Any) -> None:
+    members: list[bytes] = []
+    tree = _to_json(prepared, members)
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[call-overload]
+        for number, data in enumerate(members):
+            archive.writestr(f"data/{number}", data)
+        archive.writestr(_STATE_MEMBER, json.dumps(tree, allow_nan=False))
+
+
+def _to_json(value: Any, members: list[bytes]) -> Any:
+    kind = type(value)
+    if value is None or kind in (bool, int, str):
+        return value
+    if kind is float:
+        return value if value - value == 0 else {MARK: "float", "value": repr(value)}
+    if kind is complex:
+        return {MARK: "complex", "value": repr(value)}
+    if kind is bytes:
+        if len(value) <= 64:
+            return {MARK: "bytes", "base64": base64.b64encode(value).decode("ascii")}
+        members.append(value)
+        return {MARK: "bytes", "member": len(members) - 1}
+    if kind is list:
+        return [_to_json(item, members) for item in value]
+    if kind is tuple:
+        return {MARK: "tuple", "items": [_to_json(item, members) for item in value]}
+    if all(type(key) is str for key in value):
+        return {key: _to_json(item, members) for key, item in value.items()}
+    pairs = [[_to_json(key, members), _to_json(item, members)] for key, item in value.items()]
+    return {MARK: "keys", "items": pairs}
+
+
+def _read_plain(archive: zipfile.ZipFile) -> Any:
+    def revive(node: Any) -> Any:
+        if isinstance(node, list):
+            return [revive(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        mark = node.get(MARK)
+        if mark == "float":
+            return float(node["value"])
+        if mark == "complex":
+            return complex(node["value"])
+        if mark == "bytes":
+            if "member" in node:
+                return archive.read(f"data/{int(node['member'])}")
+            return base64.b64decode(node["base64"])
+        if mark == "tuple":
+            return tuple(revive(item) for item in node["items"])
+        if mark == "keys":
+            return {revive(key): revive(item) for key, item in node["items"]}
+        return {key: revive(item) for key, item in node.items()}
+
+    return revive(json.load(io.TextIOWrapper(archive.open(_STATE_MEMBER), encoding="utf-8")))

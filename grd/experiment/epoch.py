@@ -1,0 +1,125 @@
+"""One epoch as a notebook sees it: an int with steps, metrics, and state of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from grd.experiment import rng
+from grd.experiment.reporting import as_number, log_metrics
+
+T = TypeVar("T")
+
+
+class Training(Protocol):
+    """What an epoch needs of the loop that handed it out."""
+
+    def steps(self, epoch: Epoch, loader: Iterable[T]) -> Iterator[T]:
+        """The batches, with stops and saves between them."""
+
+    def note(self, epoch: Epoch) -> None:
+        """Put the epoch's record into the history."""
+
+
+@dataclass
+class Inside:
+    """A position inside an epoch: which call of ``steps``, how many steps in it, and what was gathered."""
+
+    call: int
+    call_steps: int
+    step: int
+    loader: dict[str, Any]
+    rng: dict[str, Any]
+    rng_at_epoch: dict[str, Any]
+    record: dict[str, Any]
+    state: dict[str, Any]
+    means: dict[str, Any]
+
+
+class Epoch(int):
+    """One epoch of a training; everywhere an int, counted from 0.
+
+    ``state`` is saved inside the epoch too, and empty at its beginning: running sums belong there, since
+    local variables of an interrupted epoch are lost.
+    """
+
+    state: dict[str, Any]
+    _loop: Training
+    _record: dict[str, Any]
+    _means: dict[str, Any]
+    _call: int
+    _step: int
+    _in_steps: bool
+    _ends_training: bool
+    _resumed: Inside | None
+    _rng_at_start: dict[str, Any]
+
+    @classmethod
+    def begin(cls, loop: Training, index: int, resumed: Inside | None) -> Epoch:
+        """Epoch ``index``, or the rest of it if it was ``resumed`` inside."""
+        epoch = cls(index)
+        epoch._loop = loop
+        epoch._resumed = resumed
+        epoch._call = -1
+        epoch._in_steps = epoch._ends_training = False
+        epoch._step = 0
+        epoch.state = {}
+        epoch._means = {}
+        epoch._record = {"epoch": index}
+        if resumed is not None:
+            epoch._step = resumed.step
+            epoch.state.update(resumed.state)
+            epoch._means.update(resumed.means)
+            epoch._record.update(resumed.record)
+            rng.restore(resumed.rng_at_epoch)
+        epoch._rng_at_start = rng.capture()
+        return epoch
+
+    @property
+    def index(self) -> int:
+        """The epoch's number, from 0."""
+        return int(self)
+
+    @property
+    def step(self) -> int:
+        """Steps done in this epoch, those before a resume included."""
+        return self._step
+
+    def steps(self, loader: Iterable[T]) -> Iterator[T]:
+        """The batches of ``loader``, so that a stop or a resume can fall between any two of them.
+
+        A torch DataLoader over a map-style dataset comes in an order that depends on the seed and the epoch
+        only, whatever its workers. Other iterables are replayed up to the position; a loader whose order
+        cannot be repeated is resumed at the beginning of the epoch, and a warning says so once.
+        """
+        if self._in_steps:
+            return iter(loader)
+        return self._loop.steps(self, loader)
+
+    def log(self, **metrics: Any) -> None:
+        """Add metrics of this epoch to ``training.history`` and report them; TypeError for no number."""
+        log_metrics(epoch=int(self), step=None, **metrics)
+        self._record.update({name: _history_value(value) for name, value in metrics.items()})
+        self._loop.note(self)
+
+    def mean(self, name: str, value: Any = None, n: int = 1) -> float:
+        """Add ``value``, standing for ``n`` samples, to this epoch's mean ``name``; returns the mean so far.
+
+        Without ``value`` nothing is added. NaN before the first. Survives a resume inside the epoch.
+        """
+        total, count = self._means.get(name, (0.0, 0))
+        if value is not None:
+            total, count = total + float(value) * n, count + n
+            self._means[name] = (total, count)
+        return total / count if count else math.nan
+
+    def stop_early(self) -> None:
+        """Make this the last epoch; a resume then finds the training done."""
+        self._ends_training = True
+
+
+def _history_value(value: Any) -> Any:
+    number = as_number(value)
+    return math.nan if number is None else number

@@ -1,0 +1,164 @@
+"""When to save: pure decisions from what saves and steps were measured to cost."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from dataclasses import dataclass
+
+from grd.settings import parse_duration
+
+OVERHEAD = 0.035
+"""Share of the time that saving may take: CheckFreq (Mohan et al., FAST 2021) bounds it by 3.5 %."""
+QUICK_EPOCH_SECONDS = 0.5
+QUICK_EPOCH_OVERHEAD = 0.1
+SMALL_STATE_BYTES = 32_000_000
+"""Saving less than this costs a few syncs; repeating an epoch of half a second or more is worse,
+and so is repeating several shorter ones where a save costs less than a tenth of one."""
+UNMEASURED_SECONDS = 30.0
+"""How long an epoch may go on before its first save, while nobody knows what one costs."""
+CLOSEST_SECONDS = 1.0
+"""Saves inside an epoch are at least this far apart: less work than a restart takes is not worth a file."""
+BIG_MODEL_PARAMETERS = 100_000_000
+
+
+def seed_interval(parameters: int) -> int:
+    """Epochs between saves while nothing is measured: 5, from 100 M parameters on 1."""
+    return 5 if parameters < BIG_MODEL_PARAMETERS else 1
+
+
+@dataclass(frozen=True)
+class Every:
+    """What the user asked for: ``epochs``, ``seconds``, or neither for the measured rule."""
+
+    epochs: int | None = None
+    seconds: float | None = None
+
+    @classmethod
+    def parse(cls, value: str | int) -> Every:
+        """From ``"auto"``, a number of epochs, or a duration such as ``"5m"``. Raises ValueError."""
+        if value == "auto":
+            return cls()
+        if isinstance(value, int) and not isinstance(value, bool):
+            if value < 1:
+                raise ValueError(f"every={value} must be at least 1 epoch")
+            return cls(epochs=value)
+        if isinstance(value, str):
+            return cls(seconds=parse_duration(value))
+        raise ValueError(f"every={value!r} must be 'auto', a number of epochs, or a duration such as '5m'")
+
+
+class Schedule:
+    """Decides after every step and epoch whether to save. Times are in seconds of one monotonic clock.
+
+    The measured rule: with a save costing c, every c / 3.5 %, at most ``max_lost_work`` apart, at least one
+    save, one step and one second apart; and once more before a known ``deadline``, two slow saves and a step
+    ahead of it.
+    """
+
+    def __init__(
+        self,
+        every: Every,
+        *,
+        now: float,
+        max_lost_work: float,
+        parameters: int = 0,
+        deadline: float | None = None,
+    ) -> None:
+        self.every = every
+        self.max_lost_work = max_lost_work
+        self.parameters = parameters
+        self.deadline = deadline
+        self._last_save = now
+        self._last_step = now
+        self._cost: float | None = None
+        self._size = 0
+        self._epochs_since_save = 0
+        self._epochs_seen = 0
+        self._steps_since_save = 0
+        self._saves: deque[float] = deque(maxlen=50)
+        self._steps: deque[float] = deque(maxlen=200)
+
+    def step_ended(self, now: float) -> None:
+        """One step is done."""
+        self._steps.append(max(0.0, now - self._last_step))
+        self._last_step = now
+        self._steps_since_save += 1
+
+    def epoch_ended(self, now: float) -> None:
+        """One epoch is done."""
+        self._last_step = now
+        self._epochs_since_save += 1
+        self._epochs_seen += 1
+
+    def save_ended(self, now: float, seconds: float, size: int | None) -> None:
+        """A save took ``seconds`` for ``size`` bytes; None: it failed, and is not tried again at once."""
+        self._last_save = self._last_step = now
+        self._epochs_since_save = self._steps_since_save = 0
+        if size is None:
+            return
+        self._size = size
+        self._saves.append(seconds)
+        self._cost = seconds if self._cost is None else 0.7 * self._cost + 0.3 * seconds
+
+    @property
+    def interval(self) -> float | None:
+        """Seconds between saves by the measured rule, or None while nothing is measured."""
+        if self._cost is None:
+            return None
+        step = statistics.median(self._steps) if self._steps else 0.0
+        return max(min(self._cost / OVERHEAD, self.max_lost_work), step, self._cost, CLOSEST_SECONDS)
+
+    @property
+    def expected_overhead(self) -> float | None:
+        """Share of the time that saving at `interval` takes, or None while nothing is measured."""
+        interval = self.interval
+        return None if self._cost is None or not interval else self._cost / interval
+
+    def _deadline_is_near(self, now: float) -> bool:
+        if self.deadline is None or not (self._steps_since_save or self._epochs_since_save):
+            return False
+        start = self.deadline - (2 * _p95(self._saves) + _p95(self._steps))
+        return now >= start and self._last_save < start
+
+    def due_after_step(self, now: float) -> bool:
+        """Whether to save inside the epoch."""
+        if self._deadline_is_near(now):
+            return True
+        since = now - self._last_save
+        if self.every.epochs is not None:
+            return False
+        if self.every.seconds is not None:
+            return since >= self.every.seconds
+        interval = self.interval
+        if interval is None:
+            return since >= min(UNMEASURED_SECONDS, self.max_lost_work)
+        return since >= interval
+
+    def due_after_epoch(self, now: float, epoch: int) -> bool:
+        """Whether to save now that ``epoch`` is complete; the last one is saved by the caller in any case."""
+        if self._deadline_is_near(now):
+            return True
+        since = now - self._last_save
+        if self.every.epochs is not None:
+            return (epoch + 1) % self.every.epochs == 0
+        if self.every.seconds is not None:
+            return since >= self.every.seconds
+        if self._cost is None:
+            return (self._epochs_seen - 1) % seed_interval(self.parameters) == 0
+        interval = self.interval
+        return (
+            self._cost <= OVERHEAD * since
+            or (interval is not None and since >= interval)
+            or (
+                self._size <= SMALL_STATE_BYTES
+                and (since >= QUICK_EPOCH_SECONDS or self._cost <= QUICK_EPOCH_OVERHEAD * since)
+            )
+        )
+
+
+def _p95(values: deque[float]) -> float:
+    if not values:
+        return 0.0
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]

@@ -1,0 +1,325 @@
+"""The loop behind ``training.epochs``: restore, hand out epochs, save at the right moments, stop well."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from grd import contract
+from grd.errors import CheckpointError, CheckpointFenced, CheckpointRefused, ExperimentInterrupted
+from grd.experiment import checkpoint_file, interruption, rng
+from grd.experiment.checkpoint_handler import CheckpointHandler
+from grd.experiment.epoch import Epoch, Inside
+from grd.experiment.events import emit, run_id
+from grd.experiment.loader import OrderChanged, Steps, steps_of
+from grd.experiment.reporting import report_progress
+from grd.experiment.schedule import Every, Schedule
+from grd.experiment.training_state import count_parameters, put_back, take
+from grd.settings import Settings, parse_duration
+
+T = TypeVar("T")
+
+
+@dataclass
+class Parts:
+    """What belongs to the training: objects with ``state_dict()``, and the user's own ``state``."""
+
+    model: Any = None
+    optimizer: Any = None
+    scheduler: Any = None
+    scaler: Any = None
+    ema: Any = None
+    state: dict[str, Any] | None = None
+
+    def items(self) -> list[tuple[str, Any]]:
+        """Name in the checkpoint, and object, of each part there is."""
+        named = [
+            ("model_state", self.model),
+            ("optimizer_state", self.optimizer),
+            ("scheduler_state", self.scheduler),
+            ("scaler_state", self.scaler),
+            ("ema_state", self.ema),
+            ("state", self.state),
+        ]
+        return [(name, part) for name, part in named if part is not None]
+
+
+@dataclass
+class Loop:
+    """One training: its parts, where it is, and what it has recorded."""
+
+    total: int
+    parts: Parts
+    handler: CheckpointHandler | None
+    resume: bool
+    every: Every
+    seed: int | None
+    allow_pickle: bool
+    history: list[dict[str, Any]] = field(default_factory=list)
+    _first: int = 0
+    _inside: Inside | None = None
+    _ended_early: bool = False
+    _seed: int = 0
+    _saved_at: tuple[int, int | None] | None = None
+    _failure: str | None = None
+    _told: set[str] = field(default_factory=set)
+
+    def run(self) -> Iterator[Epoch]:
+        """Hand out the epochs that are still to be trained."""
+        self._arming = contextlib.ExitStack()
+        with self._arming:
+            self._arming.enter_context(interruption.armed())
+            self._restore()
+            self._schedule = Schedule(
+                self.every,
+                now=time.monotonic(),
+                max_lost_work=_seconds_from("GRD_MAX_LOST_WORK", Settings().max_lost_work),
+                parameters=count_parameters(self.parts.model),
+                deadline=_deadline(),
+            )
+            reason = interruption.stop_requested()
+            if reason is not None:
+                self._interrupt(reason, f"before epoch {self._first}")
+            if self._ended_early:
+                return
+            if self.handler is not None and self._first < self.total:
+                checkpoint_file.prepare(self._content(self._first - 1, None), allow_pickle=self.allow_pickle)
+            for index in range(self._first, self.total):
+                epoch = Epoch.begin(self, index, self._inside)
+                self._inside = None
+                started = time.monotonic()
+                yield epoch
+                self._end(epoch, time.monotonic() - started)
+                if epoch._ends_training:
+                    return
+
+    # --- inside an epoch ---
+
+    def steps(self, epoch: Epoch, loader: Iterable[T]) -> Iterator[T]:
+        """`Epoch.steps`."""
+        epoch._call += 1
+        resumed = epoch._resumed
+        if resumed is not None and epoch._call < resumed.call:
+            return  # done before the interruption
+        if resumed is not None and epoch._call > resumed.call:
+            resumed = None
+        steps = steps_of(loader, self._seed, int(epoch))
+        if steps.refusal is not None and self.handler is not None:
+            self._warn(
+                "refusal",
+                f"a resume starts the interrupted epoch again, since of this loader {steps.refusal}",
+            )
+        done = 0 if resumed is None or steps.refusal is not None else resumed.call_steps
+        epoch._in_steps = True
+        try:
+            for batch in self._batches(steps, done, resumed):
+                yield batch
+                done += 1
+                epoch._step += 1
+                self._step_done(epoch, steps, done)
+        finally:
+            epoch._in_steps = False
+            epoch._resumed = None
+
+    def _batches(self, steps: Steps, done: int, resumed: Inside | None) -> Iterator[Any]:
+        batches = steps.batches(done, None if resumed is None else resumed.loader)
+        if resumed is None or not done:
+            yield from batches
+            return
+        try:
+            # A loader draws from the global generators while it starts, so they are put back after its
+            # first batch is there.
+            first = next(batches, None)
+        except OrderChanged:
+            self._warn(
+                "order", "the data are in another order than before: the epoch starts again from its top"
+            )
+            yield from steps.batches(0, None)
+            return
+        rng.restore(resumed.rng)
+        if first is not None:
+            yield first
+            yield from batches
+
+    def _step_done(self, epoch: Epoch, steps: Steps, done: int) -> None:
+        now = time.monotonic()
+        self._schedule.step_ended(now)
+        share = min(1.0, done / steps.total) if steps.total else 0.0
+        report_progress("epochs", round(int(epoch) + share, 3), self.total, step=done, steps=steps.total)
+        reason = interruption.stop_requested()
+        if reason is None and (done == steps.total or not self._schedule.due_after_step(now)):
+            return
+        if steps.refusal is None:
+            inside = Inside(
+                epoch._call, done, epoch._step, steps.position(), rng.capture(), epoch._rng_at_start,
+                epoch._record, epoch.state, epoch._means,
+            )  # fmt: skip
+            self._save(int(epoch), inside, ended_early=False)
+        if reason is not None:
+            self._interrupt(reason, f"in epoch {int(epoch)} after step {epoch._step}")
+
+    def _end(self, epoch: Epoch, seconds: float) -> None:
+        now = time.monotonic()
+        self._schedule.epoch_ended(now)
+        self.note(epoch)
+        report_progress("epochs", int(epoch) + 1, self.total, force=True)
+        is_last = int(epoch) == self.total - 1 or epoch._ends_training
+        reason = interruption.stop_requested()
+        if is_last or reason is not None or self._schedule.due_after_epoch(now, int(epoch)):
+            self._save(int(epoch), None, ended_early=epoch._ends_training)
+        if epoch._call < 0 and self.handler is not None and seconds > self._schedule.max_lost_work:
+            self._warn(
+                "long", f"an epoch takes {seconds:.0f} s: use epoch.steps(loader), or all of it is at risk"
+            )
+        if reason is not None:
+            self._interrupt(reason, f"after epoch {int(epoch)}")
+
+    def note(self, epoch: Epoch) -> None:
+        """Put the epoch's record into the history, once."""
+        if not self.history or self.history[-1] is not epoch._record:
+            self.history.append(epoch._record)
+
+    # --- saving and restoring ---
+
+    def _content(self, epoch: int, inside: Inside | None, ended_early: bool = False) -> dict[str, Any]:
+        content = {name: take(part) for name, part in self.parts.items()}
+        done = self.history
+        if inside is not None and done and done[-1] is inside.record:
+            done = done[:-1]
+        content["history"] = [dict(record) for record in done]
+        content["rng"] = rng.capture()
+        content["training"] = {
+            "seed": self._seed,
+            "total": self.total,
+            "ended_early": ended_early,
+            "inside": None if inside is None else dict(vars(inside)),
+        }
+        return content
+
+    def _save(self, epoch: int, inside: Inside | None, *, ended_early: bool) -> None:
+        handler, step = self.handler, None if inside is None else inside.step
+        if handler is None or self._saved_at == (epoch, step):
+            return
+        started = time.monotonic()
+        content = self._content(epoch, inside, ended_early)
+        record = self.history[-1] if self.history else {}
+        loss = record.get("loss") if inside is None else inside.record.get("loss")
+        try:
+            path = handler.save_checkpoint(
+                epoch,
+                content.pop("model_state", None),
+                content.pop("optimizer_state", None),
+                loss,
+                {"total_epochs": self.total, "metrics": {k: v for k, v in record.items() if k != "epoch"}},
+                step=step,
+                allow_pickle=self.allow_pickle,
+                **content,
+            )
+        except (CheckpointFenced, CheckpointRefused):
+            raise
+        except CheckpointError as error:
+            # The training is worth more than this one save: it goes on, and is told.
+            self._failure = str(error)
+            self._warn(f"save {error.__cause__}", str(error))
+            self._schedule.save_ended(time.monotonic(), 0.0, None)
+            return
+        self._failure, self._saved_at = None, (epoch, step)
+        now = time.monotonic()
+        self._schedule.save_ended(now, now - started, path.stat().st_size)
+        overhead = self._schedule.expected_overhead
+        if self.every == Every() and overhead is not None and overhead > 0.05 and step is not None:
+            self._warn(
+                "overhead",
+                f"saving takes about {overhead:.0%} of the time, to risk no more work than was agreed",
+            )
+
+    def _restore(self) -> None:
+        saved = None
+        if self.handler is not None and self.resume:
+            saved = self.handler.load_checkpoint(allow_pickle=self.allow_pickle)
+        if saved is None:
+            self._seed = rng.process_seed() if self.seed is None else int(self.seed)
+            return
+        for name, part in self.parts.items():
+            if saved.get(name) is None:
+                self._warn(name, f"the checkpoint has no {name}: that part goes on as it is")
+            else:
+                put_back(part, saved[name], name.removesuffix("_state"))
+        self.history.extend(saved.get("history") or [])
+        training = saved.get("training") or {}
+        self._seed = int(training.get("seed", rng.process_seed() if self.seed is None else self.seed))
+        self._ended_early = bool(training.get("ended_early", False))
+        self._first = int(saved["epoch"]) + 1
+        inside = training.get("inside")
+        if inside is not None and self._first < self.total:
+            self._inside = Inside(**inside)
+        elif saved.get("rng") is not None:
+            rng.restore(saved["rng"])
+        emit(
+            contract.EVENT_RESUME,
+            epoch=int(saved["epoch"]),
+            step=saved.get("step"),
+            path=None if self.handler is None else str(self.handler.checkpoint_dir.absolute()),
+        )
+
+    # --- stopping ---
+
+    def _interrupt(self, reason: str, where: str) -> None:
+        interruption.honoured()
+        # The generator lives on in the traceback of a cell that ended here; the signals must not.
+        self._arming.close()
+        if self._failure is not None:
+            kept = f"and the state could not be saved: {self._failure}"
+        elif self.handler is None:
+            kept = "nothing was saved, since the loop has no checkpoint_dir"
+        else:
+            kept = "the state is saved: resume to go on"
+        raise ExperimentInterrupted(f"stopped {where} ({reason}); {kept}", reason=reason)
+
+    def _warn(self, key: str, message: str) -> None:
+        if key in self._told:
+            return
+        self._told.add(key)
+        warnings.warn(f"grd: {message}", RuntimeWarning, stacklevel=4)
+        emit(contract.EVENT_WARNING, message=message)
+
+
+def _seconds_from(variable: str, default: float) -> float:
+    try:
+        return parse_duration(os.environ[variable])
+    except (KeyError, ValueError):
+        return default
+
+
+def _deadline() -> float | None:
+    try:
+        return float(os.environ[contract.ENV_DEADLINE])
+    except (KeyError, ValueError):
+        return None
+
+
+_loops_here: dict[str, int] = {}
+
+
+def make_handler(
+    checkpoint_dir: Path | str, *, total: int, resume: bool, keep_bytes: int | str | None
+) -> Any:
+    """The handler of a loop. A second loop of one run gets a subfolder, or it would pass for the first."""
+    folder = Path(checkpoint_dir)
+    if run_id() is not None:
+        key = os.path.realpath(folder)
+        _loops_here[key] = number = _loops_here.get(key, 0) + 1
+        if number > 1:
+            folder = folder / f"loop-{number}"
+    handler = CheckpointHandler(
+        folder, total_epochs=total, keep_bytes=keep_bytes, install_signal_handlers=False, resume=resume
+    )
+    if not resume:
+        handler.begin_lineage()
+    return handler
