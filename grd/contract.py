@@ -16,6 +16,8 @@ ENV_STOP_FILE: Final = "GRD_STOP_FILE"  # path; the file exists once somebody as
 ENV_FENCE: Final = "GRD_FENCE"  # path of a file that holds the newest attempt's number
 ENV_CHECKPOINT_DIR: Final = "GRD_CHECKPOINT_DIR"  # the folder injected as `checkpoint_dir`
 ENV_DEADLINE: Final = "GRD_DEADLINE"  # CLOCK_MONOTONIC seconds at which the stop begins; same boot only
+ENV_MAX_LOST_WORK: Final = "GRD_MAX_LOST_WORK"  # seconds of training at risk between two checkpoints
+ENV_CHECKPOINT_BUDGET: Final = "GRD_CHECKPOINT_BUDGET"  # bytes that a run's checkpoint versions may take
 ENV_NONINTERACTIVE: Final = "GRD_NONINTERACTIVE"  # "1": nobody can answer a question
 ENV_MARKER: Final = "GRD_PROCESS_MARKER"  # carried by every process of one attempt, so that all can be found
 

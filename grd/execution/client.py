@@ -173,6 +173,13 @@ class GrdNotebookClient(PapermillNotebookClient):
                 return
         self.ran_all = True
 
+    async def _check_raise_for_error(self, cell: Any, cell_index: int, exec_reply: Any) -> None:
+        """A cell that the kernel says it aborted did not complete, whatever nbclient makes of it."""
+        await super()._check_raise_for_error(cell, cell_index, exec_reply)
+        status = exec_reply["content"].get("status") if exec_reply is not None else None
+        if status in ("abort", "aborted"):
+            raise CellExecutionError("", "the kernel aborted the cell", "KeyboardInterrupt", "")
+
     def output(self, outs: list[Any], msg: Any, display_id: str | None, cell_index: int) -> Any:
         """Append an output, in the notebook and in the journal."""
         waited = self.clear_before_next_output

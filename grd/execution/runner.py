@@ -183,7 +183,13 @@ class Runner:
         return {**self.attempt.parameters, **chosen}
 
     def _kernel_environment(self) -> dict[str, str]:
+        checkpointing = self.record.checkpointing
+        limits = {
+            contract.ENV_MAX_LOST_WORK: checkpointing.get("max_lost_work"),
+            contract.ENV_CHECKPOINT_BUDGET: checkpointing.get("checkpoint_budget"),
+        }
         return {
+            **{name: str(value) for name, value in limits.items() if value is not None},
             contract.ENV_RUN_ID: self.record.run_id,
             contract.ENV_ATTEMPT: str(self.attempt.number),
             contract.ENV_EVENTS: str(self.folder.events),

@@ -75,6 +75,8 @@ class RunRecord:
     """seconds (cap on all attempts together, or None), used_seconds, agreed ("typed" or "default")."""
     grace: float = contract.DEFAULT_GRACE_SECONDS
     start_timeout: float = contract.DEFAULT_START_TIMEOUT_SECONDS
+    checkpointing: dict[str, float] = field(default_factory=dict)
+    """Settings the notebook's training loop hears of: max_lost_work (s), checkpoint_budget (bytes)."""
     checkpoint: dict[str, Any] | None = None
     """epoch, step, path of the newest checkpoint."""
     progress: dict[str, Any] | None = None

@@ -239,6 +239,10 @@ def _create(
         budget=dict(limits.budget),
         grace=settings.grace,
         start_timeout=settings.start_timeout,
+        checkpointing={
+            "max_lost_work": settings.max_lost_work,
+            "checkpoint_budget": settings.checkpoint_budget,
+        },
         warnings=list(request.warnings),
         folder=str(folder.path),
         grd_version=grd.__version__,

@@ -58,7 +58,7 @@ class ProgressPrinter:
             self._line("the grace period is over: killing")
 
     def _progress(self, event: dict[str, Any]) -> None:
-        n, total = event.get("n"), event.get("total")
+        n, total = format_count(event.get("n")), event.get("total")
         of = f"/{total}" if total is not None else ""
         progress = self._view.progress or {}
         eta = progress.get("eta_seconds")
@@ -99,6 +99,11 @@ def format_number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def format_count(value: Any) -> str:
+    """A count of epochs or steps: one decimal where an epoch is under way."""
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
 def describe_end(shown: dict[str, Any]) -> list[str]:
     """A run's state in lines: what it is, why, what it has, and the next command."""
     because = f" ({shown['cause']})" if shown.get("cause") else ""
@@ -111,7 +116,7 @@ def describe_end(shown: dict[str, Any]) -> list[str]:
     progress = shown.get("progress")
     if progress:
         of = f"/{progress['total']}" if progress.get("total") is not None else ""
-        lines.append(f"  progress    {progress['name']} {progress['n']}{of}")
+        lines.append(f"  progress    {progress['name']} {format_count(progress['n'])}{of}")
     if shown.get("metrics"):
         lines.append(
             "  metrics     " + " ".join(f"{k}={format_number(v)}" for k, v in shown["metrics"].items())

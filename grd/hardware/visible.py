@@ -1,0 +1,52 @@
+"""CUDA_VISIBLE_DEVICES: which of the machine's GPUs a CUDA program started here would see."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+VARIABLE = "CUDA_VISIBLE_DEVICES"
+
+
+def visible_devices(setting: str | None, uuids: Sequence[str | None]) -> list[int | str]:
+    """What ``setting`` selects of the devices whose UUIDs are given, in its order.
+
+    Entries are positions in ``uuids``; a MIG instance stays its own UUID, since it is no whole device. None
+    selects all. As in CUDA (programming guide, "CUDA Environment Variables"): the list ends at the first
+    entry that names no device, so that "-1" and "" select none, and naming a device twice selects none.
+    """
+    if setting is None:
+        return list(range(len(uuids)))
+    chosen: list[int | str] = []
+    for raw in setting.split(","):
+        entry = raw.strip()
+        if entry.startswith("MIG-"):
+            device: int | str = entry
+        elif entry.startswith("GPU-"):
+            matches = [i for i, uuid in enumerate(uuids) if uuid is not None and uuid.startswith(entry)]
+            if len(matches) != 1:
+                break
+            device = matches[0]
+        else:
+            digits = re.match(r"\d+", entry)
+            if digits is None or int(digits[0]) >= len(uuids):
+                break
+            device = int(digits[0])
+        if device in chosen:
+            return []
+        chosen.append(device)
+    return chosen
+
+
+def order_is_doubtful(environment: Mapping[str, str], names: Sequence[str | None]) -> bool:
+    """Whether positions in CUDA_VISIBLE_DEVICES may count otherwise than the driver's list does.
+
+    CUDA puts the fastest device first unless CUDA_DEVICE_ORDER=PCI_BUS_ID; the driver lists by PCI bus.
+    Between equal models that makes no difference worth a word.
+    """
+    setting = environment.get(VARIABLE, "")
+    return (
+        bool(re.search(r"(^|,)\s*\d", setting))
+        and len(set(names)) > 1
+        and environment.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID"
+    )

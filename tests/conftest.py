@@ -1,0 +1,204 @@
+"""Shared fixtures: a project of its own for each test, notebooks made on the spot, grd as a process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import psutil
+import pytest
+
+LIMIT_SECONDS = 120.0
+"""Generous: CI has two busy cores. Waiting ends on the event, not on the clock."""
+
+
+def wait_until(condition: Callable[[], Any], what: str, limit: float = LIMIT_SECONDS) -> Any:
+    """The first true value of ``condition``; fails the test after ``limit`` seconds."""
+    give_up = time.monotonic() + limit
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > give_up:
+            pytest.fail(f"waited {limit:.0f} s in vain: {what}")
+        time.sleep(0.05)
+
+
+def write_notebook(
+    path: Path,
+    *cells: str,
+    parameters: str | None = None,
+    kernel: str | None = "python3",
+    language: str = "python",
+    tags: dict[int, list[str]] | None = None,
+) -> Path:
+    """A notebook of code cells; ``parameters`` becomes the tagged first one."""
+    notebook = nbformat.v4.new_notebook()
+    if kernel is not None:
+        notebook.metadata["kernelspec"] = {"name": kernel, "language": language, "display_name": kernel}
+    if parameters is not None:
+        cell = nbformat.v4.new_code_cell(parameters)
+        cell.metadata["tags"] = ["parameters"]
+        notebook.cells.append(cell)
+    for index, source in enumerate(cells):
+        cell = nbformat.v4.new_code_cell(source)
+        if tags and index in tags:
+            cell.metadata["tags"] = tags[index]
+        notebook.cells.append(cell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, path)
+    return path
+
+
+@dataclass
+class Finished:
+    """A finished command."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """stdout as JSON."""
+        return json.loads(self.out)
+
+
+@dataclass
+class Project:
+    """A folder in which grd is used as its users do: by typing commands."""
+
+    path: Path
+    environment: dict[str, str]
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def notebook(self, name: str, *cells: str, **options: Any) -> Path:
+        """Write a notebook into the project."""
+        return write_notebook(self.path / name, *cells, **options)
+
+    def start(self, *arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        """Start ``grd ARGUMENTS`` in a session of its own."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "grd", *map(str, arguments)],
+            cwd=self.path,
+            env={**self.environment, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.started.append(process)
+        return process
+
+    def finish(self, process: subprocess.Popen[str], limit: float = LIMIT_SECONDS) -> Finished:
+        """Wait for a command that was started."""
+        out, err = process.communicate(timeout=limit)
+        return Finished(process.returncode, out, err)
+
+    def grd(self, *arguments: str | Path, env: dict[str, str] | None = None) -> Finished:
+        """Run ``grd ARGUMENTS`` to its end."""
+        return self.finish(self.start(*arguments, env=env))
+
+    @property
+    def runs_dir(self) -> Path:
+        """Where the runs lie."""
+        return self.path / "experiments"
+
+    def run_folders(self) -> list[Path]:
+        """All run folders, oldest first; staging folders would be a bug and are listed too."""
+        return sorted(self.runs_dir.iterdir()) if self.runs_dir.is_dir() else []
+
+    def only_run(self) -> Path:
+        """The folder of the only run."""
+        folders = wait_until(self.run_folders, "a run folder")
+        assert len(folders) == 1, folders
+        return folders[0]
+
+    def record(self, run: Path | None = None) -> dict[str, Any]:
+        """run.json as it is on disk."""
+        return json.loads(((run or self.only_run()) / "run.json").read_text())
+
+    def events(self, run: Path | None = None) -> list[dict[str, Any]]:
+        """All events of a run so far."""
+        path = (run or self.only_run()) / "events.jsonl"
+        if not path.exists():
+            return []
+        return [
+            json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")
+        ]
+
+    def wait_for_event(self, kind: str, run: Path | None = None, **values: Any) -> dict[str, Any]:
+        """The first event of ``kind`` whose fields have ``values``."""
+
+        def found() -> dict[str, Any] | None:
+            for event in self.events(run):
+                if event["kind"] == kind and all(event.get(name) == value for name, value in values.items()):
+                    return event
+            return None
+
+        return wait_until(found, f"event {kind} {values}")
+
+    def wait_for_output(self, text: str) -> None:
+        """Wait until a cell of the only run has printed ``text`` (as the journal has it)."""
+
+        def seen() -> bool:
+            return any(
+                text in path.read_text(errors="replace")
+                for path in self.only_run().glob("attempts/*/journal.jsonl")
+            )
+
+        wait_until(seen, f"output {text!r}")
+
+    def processes(self) -> list[psutil.Process]:
+        """Living processes that carry the mark of a run of this project."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                marker = process.environ().get("GRD_PROCESS_MARKER", "")
+                if (
+                    marker
+                    and (self.runs_dir / marker.split("/")[0]).exists()
+                    and process.status() != "zombie"
+                ):
+                    found.append(process)
+        return found
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Iterator[Project]:
+    """A project folder with settings and state of its own; nothing of it may survive the test."""
+    folder = tmp_path / "project"
+    (folder / ".planning").mkdir(parents=True)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GRD_")}
+    environment |= {
+        "GRD_STATE_DIR": str(tmp_path / "state"),
+        "XDG_CONFIG_HOME": str(tmp_path / "config"),
+        "IPYTHONDIR": str(tmp_path / "ipython"),
+    }
+    made = Project(folder, environment)
+    yield made
+    for process in made.started:
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+    for run in made.run_folders():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            os.kill(json.loads((run / "run.json").read_text())["runner"]["pid"], signal.SIGKILL)
+    for process in made.processes():
+        with contextlib.suppress(psutil.Error):
+            process.kill()
