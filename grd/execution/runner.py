@@ -99,6 +99,14 @@ class Runner:
         self.events.write(contract.EVENT_STATE, state=contract.RUNNING, resume=attempt.resume)
         store.save(self.folder, record)
         store.link_output(self.folder, attempt.number)
+        threading.Thread(target=self._describe_hardware, name="grd-hardware", daemon=True).start()
+
+    def _describe_hardware(self) -> None:
+        """What this attempt runs on, beside the work: nothing waits for it."""
+        from grd.hardware import capture_hardware_profile
+
+        with contextlib.suppress(OSError, ValueError):
+            write_json(self.folder.hardware, capture_hardware_profile(self.folder.path), durable=False)
 
     def _prepare_checkpoints(self) -> None:
         """A new lineage must not find later epochs of an older one."""

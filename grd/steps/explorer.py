@@ -24,7 +24,6 @@ from grd.reports.marked_section import check_section, check_target
 SCHEMA = "grd.explore/1"
 NOTEBOOK = "notebooks/hardware_profile.ipynb"
 PROFILE_NAME = "hardware_profile.json"
-ENGINE: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +81,8 @@ def _profile_in_kernel(project_root: Path) -> dict[str, Any]:
     from jupyter_client.kernelspec import NoSuchKernel
     from nbclient.exceptions import DeadKernelError
 
+    from grd.execution.attempt import NotebookInterrupted
+
     with tempfile.TemporaryDirectory(prefix="grd-explore-") as name:
         folder = Path(name)
         profile_path = folder / PROFILE_NAME
@@ -90,12 +91,15 @@ def _profile_in_kernel(project_root: Path) -> dict[str, Any]:
                 _literal(shipped_file(NOTEBOOK)),
                 _literal(folder / "output.ipynb"),
                 parameters={"profile_path": str(profile_path), "project_dir": str(project_root)},
-                engine_name=ENGINE,
+                engine_name="grd",
                 progress_bar=False,
+                extra_arguments=["--log-level=ERROR"],  # the kernel shares the caller's stderr
                 # Not the project: a random.py that lies there would be imported by the kernel.
                 cwd=str(folder),
             )
             profile: dict[str, Any] = read_json(profile_path)
+        except NotebookInterrupted:
+            raise KeyboardInterrupt from None
         except NoSuchKernel as error:
             raise KernelUnavailable(
                 f"there is no Jupyter kernel named {error.name}: python -m ipykernel install --user"
