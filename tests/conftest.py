@@ -121,7 +121,9 @@ class Project:
 
     def only_run(self) -> Path:
         """The folder of the only run."""
-        folders = wait_until(self.run_folders, "a run folder")
+        folders: list[Path] = wait_until(
+            lambda: [path for path in self.run_folders() if not path.name.startswith(".")], "a run folder"
+        )
         assert len(folders) == 1, folders
         return folders[0]
 
@@ -196,9 +198,10 @@ def project(tmp_path: Path) -> Iterator[Project]:
         for stream in (process.stdout, process.stderr):
             if stream is not None:
                 stream.close()
-    for run in made.run_folders():
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            os.kill(json.loads((run / "run.json").read_text())["runner"]["pid"], signal.SIGKILL)
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if "grd.execution.runner" in process.cmdline() and str(tmp_path) in " ".join(process.cmdline()):
+                process.kill()
     for process in made.processes():
         with contextlib.suppress(psutil.Error):
             process.kill()

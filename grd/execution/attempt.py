@@ -53,6 +53,8 @@ class AttemptContext:
     on_kernel_pid: Callable[[int | None], None] | None = None
     on_cell: Callable[[int, str, int], object] | None = None
     outcome: Outcome | None = None
+    notebook: Any = None
+    """The executed NotebookNode, for a caller that papermill raises past."""
 
 
 def execute_for_papermill(
@@ -125,6 +127,7 @@ def _execute(
     """Run the cells and save; the exception that papermill's caller should see, if any."""
     stopper = context.stopper
     managed.notebook_start()
+    context.notebook = managed.nb
     managed.nb.metadata["grd"] = {**managed.nb.metadata.get("grd", {}), "complete": False}
     saver = _start_saver(managed, context)
     managed.on_cell = context.on_cell

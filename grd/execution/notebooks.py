@@ -76,7 +76,8 @@ def parse_notebook(text: str, location: str) -> Any:
         raise NotebookError(f"{location} is no notebook: it has no cells or no nbformat")
     try:
         notebook = nbformat.reads(text, as_version=4)
-        notebook = nbformat.v4.upgrade(notebook)
+        # from_dict: a converted older format is made of another class, which papermill does not know
+        notebook = nbformat.from_dict(json.loads(json.dumps(nbformat.v4.upgrade(notebook))))
         nbformat.validate(notebook)
     except Exception as error:  # nbformat raises many kinds for files that are not what they claim
         first = str(error).strip().splitlines()

@@ -29,6 +29,9 @@ from grd.runs.model import now_iso, seconds_left
 from grd.runs.processes import identity, reap
 from grd.runs.recovery import resume_command
 
+RESERVE_BYTES = 256 * 1024
+"""More than run.json, metrics.json and a last event need."""
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -95,6 +98,7 @@ class Runner:
         record.started_at = attempt.started_at = now_iso()
         deadline = datetime.now(UTC) + timedelta(seconds=self.seconds)
         record.deadline = deadline.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        self.folder.reserve.write_bytes(b"\1" * RESERVE_BYTES)  # zeros may be stored as a hole
         self._prepare_checkpoints()
         self.events.write(contract.EVENT_STATE, state=contract.RUNNING, resume=attempt.resume)
         store.save(self.folder, record)
@@ -128,15 +132,17 @@ class Runner:
     def _execute(self) -> Outcome:
         import logging
 
-        import nbformat
         import papermill
+        from papermill.execute import remove_error_markers
+        from papermill.iorw import write_ipynb
 
         from grd.execution.attempt import AttemptContext, NotebookInterrupted
+        from grd.execution.notebooks import parse_notebook
 
         logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
         record = self.record
-        notebook = nbformat.read(self.folder.newest_input(self.attempt.number), as_version=4)
-        notebook = nbformat.v4.upgrade(notebook)
+        source = self.folder.newest_input(self.attempt.number)
+        notebook = parse_notebook(source.read_text(encoding="utf-8"), str(source))
         notebook.metadata["kernelspec"] = {
             "name": record.kernel_name,
             "language": record.language,
@@ -175,6 +181,10 @@ class Runner:
             except Exception as error:
                 if context.outcome is None:
                     raise
+                if context.outcome.state == contract.COMPLETED and not isinstance(error, OSError):
+                    # papermill takes every error output for a failure, also one that the cell's tag
+                    # `raises-exception` expects, and marks the notebook with it.
+                    write_ipynb(remove_error_markers(context.notebook), str(self.paths.output))
                 if isinstance(error, OSError):
                     return Outcome(contract.INTERRUPTED, storage_cause(error), f"the notebook: {error}")
         if context.outcome is None:
@@ -215,13 +225,18 @@ class Runner:
 
     def _beat(self) -> None:
         while True:
-            with contextlib.suppress(OSError):
+            try:
                 self.folder.heartbeat.write_text(f"{os.getpid()}\n")
+            except FileNotFoundError:
+                self.stopper.request(contract.STORAGE)  # the run folder was deleted: nobody can read the rest
+            except OSError:
+                pass  # a full disk: the saver sees it too, and knows more
             if self._beating.wait(HEARTBEAT_SECONDS):
                 return
 
     def _end(self, outcome: Outcome) -> None:
         record, attempt = self.record, self.attempt
+        self.folder.reserve.unlink(missing_ok=True)
         view = view_of(self.folder.events)
         attempt.state, attempt.cause, attempt.detail = outcome.state, outcome.cause, outcome.detail
         attempt.stop, attempt.cells, attempt.oom = outcome.stop, outcome.cells, outcome.oom

@@ -84,6 +84,11 @@ class RunFolder:
         return self.path / "fence"
 
     @property
+    def reserve(self) -> Path:
+        """Space kept while an attempt runs, so that its end can be recorded on a full disk."""
+        return self.path / "reserve"
+
+    @property
     def checkpoints(self) -> Path:
         """Default checkpoint folder."""
         return self.path / "checkpoints"

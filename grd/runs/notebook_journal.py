@@ -87,7 +87,7 @@ def mark_lost(notebook: Notebook) -> Notebook:
         if papermill.get("status") == "running":
             papermill["status"] = "interrupted"
             papermill["exception"] = True
-    notebook["metadata"].setdefault("papermill", {})["exception"] = True
+            notebook["metadata"].setdefault("papermill", {})["exception"] = True
     return notebook
 
 

@@ -91,6 +91,7 @@ def _recover(folder: RunFolder, record: RunRecord) -> RunRecord:
         attempt.cells = notebook_journal.count_cells(notebook)
         atomic_write(paths.output, notebook_journal.encode(notebook))
         paths.journal.unlink(missing_ok=True)
+    folder.reserve.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         log = EventLog(folder.events, record.attempt)
         log.write(contract.EVENT_STATE, state=record.state, cause=record.cause, recovered=True)

@@ -221,6 +221,8 @@ def _create(
     """Make the run folder whole or not at all."""
     shown_name = name or Path(request.source.location.split("?")[0]).stem
     run_id = new_run_id(shown_name)
+    while (runs_dir / run_id).exists():
+        run_id = new_run_id(shown_name)
     folder = RunFolder(runs_dir / run_id)
     checkpoints = Path(checkpoint_dir).expanduser().resolve() if checkpoint_dir else folder.checkpoints
     record = RunRecord(

@@ -89,8 +89,12 @@ class Run:
 
     def notebook(self) -> dict[str, Any]:
         """The newest attempt's notebook as plain nbformat JSON, complete with its journal."""
-        attempt = self._folder.attempt(self.record.attempt)
-        return notebook_journal.rebuild(attempt.output, attempt.journal)
+        record = self.record
+        attempt = self._folder.attempt(record.attempt)
+        notebook = notebook_journal.rebuild(attempt.output, attempt.journal)
+        if record.state in contract.ENDED_STATES:
+            notebook_journal.mark_lost(notebook)  # its last snapshot may not have found room on the disk
+        return notebook
 
     def events(self, since: int = 0) -> Iterator[dict[str, Any]]:
         """The events from byte ``since`` of events.jsonl on."""

@@ -62,7 +62,8 @@ SAVING = """
 import time, os, random
 from grd.experiment import training
 state = {"blob": random.Random(0).randbytes(60_000_000), "seen": 0}
-for epoch in training.epochs(5 if resume else 500, state=state, checkpoint_dir=checkpoint_dir, resume=resume, every=1):
+last = 5 if resume else 500
+for epoch in training.epochs(last, state=state, checkpoint_dir=checkpoint_dir, resume=resume, every=1):
     state["seen"] += 1
     print('here', flush=True)
 """
@@ -77,9 +78,11 @@ def the_kernel_is_starting(project: Project) -> None:
 
 
 def a_checkpoint_is_being_written(project: Project) -> None:
+    a_cell_prints(project)
+
     def temporary() -> bool:
         with contextlib.suppress(OSError):
-            names = os.listdir(project.only_run() / "checkpoints")
+            names = [path.name for path in (project.only_run() / "checkpoints").iterdir()]
             return any(name.startswith(".") for name in names) and any("checkpoint_epoch" in n for n in names)
         return False
 
@@ -102,7 +105,7 @@ MOMENTS = {
     "saving a checkpoint": Moment(SAVING, a_checkpoint_is_being_written),
 }
 
-# --- faults ----------------------------------------------------------------------------------------------------
+# --- faults ---------------------------------------------------------------------------------------------
 
 
 def _runner(project: Project) -> int:
