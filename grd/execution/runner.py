@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -18,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from grd import contract
+from grd.errors import GrdError
 from grd.execution.outcome import Outcome, storage_cause
 from grd.execution.stopping import Stopper
 from grd.files import atomic_write, write_json
-from grd.runs import store
+from grd.runs import handover, store
 from grd.runs.events import EventLog, view_of
 from grd.runs.folder import RunFolder, process_marker
 from grd.runs.liveness import HEARTBEAT_SECONDS
@@ -104,6 +106,14 @@ class Runner:
         store.save(self.folder, record)
         store.link_output(self.folder, attempt.number)
         threading.Thread(target=self._describe_hardware, name="grd-hardware", daemon=True).start()
+        self._tell_state_page()
+
+    def _tell_state_page(self) -> None:
+        """The project's page is a courtesy: that it cannot be written never harms the run."""
+        try:
+            handover.write_state_page(self.folder.path.parent)
+        except (OSError, GrdError) as error:
+            print(f"STATE.md was left as it is: {error}", file=sys.stderr)
 
     def _describe_hardware(self) -> None:
         """What this attempt runs on, beside the work: nothing waits for it."""
@@ -268,6 +278,31 @@ class Runner:
             contract.EVENT_STATE, state=outcome.state, cause=outcome.cause, detail=outcome.detail
         )
         self._store_end()
+        self._tell_state_page()
+
+    def start_on_end_command(self) -> None:
+        """Start the user's command in a session of its own; nobody waits for it."""
+        record = self.record
+        if not record.on_end:
+            return
+        environment = {
+            **os.environ,
+            contract.ENV_RUN_ID: record.run_id,
+            "GRD_RUN_STATE": record.state,
+            "GRD_RUN_CAUSE": record.cause or "",
+            "GRD_RUN_FOLDER": str(self.folder.path),
+        }
+        with contextlib.suppress(OSError), open(self.paths.on_end_log, "ab") as log:
+            subprocess.Popen(
+                record.on_end,
+                shell=True,  # the user's own command line
+                cwd=record.working_dir,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def _store_end(self) -> None:
         """Write the end of the run, on a full disk too: try for a while, then leave it to recovery."""
@@ -296,6 +331,8 @@ def main(arguments: list[str]) -> int:
     os.set_inheritable(lock_fd, False)  # ours alone: a kernel must not keep it alive
     runner = Runner(RunFolder(path), attempt)
     runner.run()
+    os.close(lock_fd)  # so that the command may already resume the run
+    runner.start_on_end_command()
     return 0
 
 

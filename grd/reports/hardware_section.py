@@ -10,7 +10,7 @@ from typing import Any
 
 from grd.files import shipped_file
 from grd.hardware.facts import one_line
-from grd.reports.marked_section import write_section
+from grd.marked_section import write_section
 
 SECTION = "hardware"
 """Name of the section; its markers are ``<!-- grd:hardware:start -->`` and ``<!-- grd:hardware:end -->``."""

@@ -129,6 +129,11 @@ class AttemptFolder:
         return self.path / "journal.jsonl"
 
     @property
+    def on_end_log(self) -> Path:
+        """stdout and stderr of the command that ``--on-end`` named."""
+        return self.path / "on_end.log"
+
+    @property
     def log(self) -> Path:
         """stdout and stderr of runner and kernel process."""
         return self.path / "runner.log"

@@ -84,6 +84,10 @@ class RunRecord:
     metrics: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     resume_command: str | None = None
+    key: str | None = None
+    """What made the start idempotent, or None."""
+    on_end: str | None = None
+    """Shell command the runner executes at the end of each attempt, or None."""
     folder: str
     grd_version: str = ""
     attempts: list[Attempt] = field(default_factory=list)

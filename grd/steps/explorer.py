@@ -14,12 +14,12 @@ from grd import settings
 from grd.errors import KernelUnavailable, ReportError, ResourceUnavailable
 from grd.files import read_json, shipped_file, write_json
 from grd.hardware.facts import one_line
+from grd.marked_section import check_section, check_target
 from grd.reports.hardware_section import (
     SECTION,
     quantity,
     save_hardware_profile_to_report,
 )
-from grd.reports.marked_section import check_section, check_target
 
 SCHEMA = "grd.explore/1"
 NOTEBOOK = "notebooks/hardware_profile.ipynb"

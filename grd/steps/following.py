@@ -6,13 +6,16 @@ import contextlib
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 from grd import contract
+from grd.runs import store
 from grd.runs.events import LiveView
 from grd.runs.folder import RunFolder
+from grd.runs.liveness import needs_recovery
 from grd.runs.stop_request import ask_to_stop
 
 POLL_SECONDS = 0.1
@@ -21,23 +24,27 @@ _REASONS = {signal.SIGINT: contract.SIGINT, signal.SIGTERM: contract.SIGTERM}
 
 def follow(
     folder: RunFolder,
-    process: subprocess.Popen[bytes],
+    process: subprocess.Popen[bytes] | None = None,
     *,
     since: int = 0,
     on_event: Callable[[dict[str, Any]], None] | None = None,
     on_note: Callable[[str], None] | None = None,
-) -> None:
-    """Pass on events from byte ``since`` until the runner has ended.
+    seconds: float | None = None,
+    listen: bool = True,
+) -> bool:
+    """Pass on events from byte ``since`` until the runner has ended; False if ``seconds`` ran out before.
 
-    The first SIGINT or SIGTERM to this process asks the run to save and stop, the second kills it. The run
-    outlives this process if that is killed. Off the main thread signals are the caller's business.
+    ``process`` is the runner where this process started it. The first SIGINT or SIGTERM to this process
+    asks the run to save and stop, the second kills it. The run outlives this process if that is killed. Off
+    the main thread, or without ``listen``, signals are the caller's business.
     """
     view = LiveView(offset=since)
+    give_up = None if seconds is None else time.monotonic() + seconds
     stop_requests: list[signal.Signals] = []
     heard = 0
-    with _listening(stop_requests):
+    with _listening(stop_requests) if listen else contextlib.nullcontext():
         while True:
-            ended = process.poll() is not None
+            ended = not is_under_way(folder, process)
             for event in view.read(folder.events):
                 if on_event is not None:
                     on_event(event)
@@ -45,9 +52,22 @@ def follow(
                 _pass_on(folder, stop_requests[heard], again=heard > 0, on_note=on_note)
                 heard += 1
             if ended:
-                return
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(POLL_SECONDS)
+                return True
+            if give_up is not None and time.monotonic() >= give_up:
+                return False
+            if process is None:
+                time.sleep(POLL_SECONDS)
+            else:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(POLL_SECONDS)
+
+
+def is_under_way(folder: RunFolder, process: subprocess.Popen[bytes] | None = None) -> bool:
+    """Whether a runner works on this run now. Never waits."""
+    if process is not None:
+        return process.poll() is None
+    record = store.load(folder)
+    return record.state in (contract.QUEUED, contract.RUNNING) and not needs_recovery(folder, record)
 
 
 def _pass_on(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,45 +16,43 @@ from typing import Any
 
 import grd
 from grd import contract
-from grd.errors import (
-    ApprovalRequired,
-    NotebookError,
-    NotFoundError,
-    ParameterError,
-    ResumeError,
-    RunBusy,
-    UsageError,
-)
+from grd.errors import ApprovalRequired, NotebookError, NotFoundError, ResumeError, RunBusy, UsageError
 from grd.execution.launch import acquire, start_runner
-from grd.execution.notebooks import Kernel, Source, find_kernel, read_notebook
-from grd.execution.parameters import ParametersCell, read_parameters_cell, resolve
+from grd.execution.notebooks import find_kernel, read_notebook
+from grd.execution.parameters import read_parameters_cell, resolve
 from grd.files import atomic_write, write_json
 from grd.runs import recovery, store
 from grd.runs.folder import RunFolder, new_run_id
 from grd.runs.model import Attempt, RunRecord, now_iso, seconds_left
 from grd.runs.stop_request import forget_request
-from grd.settings import Settings, find_project_root, format_duration, load_settings, parse_duration
+from grd.settings import Settings, find_project_root, format_duration, load_settings
+from grd.steps import keys
 from grd.steps.following import follow
+from grd.steps.request import (
+    Limits,
+    Request,
+    adoption_warnings,
+    check,
+    check_language,
+    read_limits,
+    read_seconds,
+)
 from grd.steps.run import Run, runs_folder, status
-
-OnEvent = Callable[[dict[str, Any]], None]
-OnNote = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Request:
-    """A notebook that was read and checked, with what it will be given."""
+class Started:
+    """A run that is under way, or was found to need nothing."""
 
-    source: Source
-    kernel: Kernel
-    cell: ParametersCell
-    parameters: dict[str, Any]
-    warnings: list[str]
+    folder: RunFolder
+    process: subprocess.Popen[bytes] | None
+    """The runner, where this process started it."""
+    position: int
+    """Byte of events.jsonl from which on the events are news."""
 
-    @property
-    def declared(self) -> list[str]:
-        """Which of the injected names the notebook declares."""
-        return [name for name in contract.INJECTED_PARAMETERS if self.cell.declares(name)]
+
+OnEvent = Callable[[dict[str, Any]], None]
+OnNote = Callable[[str], None]
 
 
 def research(
@@ -68,6 +67,9 @@ def research(
     grace: float | str | None = None,
     runs_dir: str | Path | None = None,
     allow_unknown: bool = False,
+    key: str | None = None,
+    on_end: str | None = None,
+    wait: bool = True,
     on_start: Callable[[Run], None] | None = None,
     on_event: OnEvent | None = None,
     on_note: OnNote | None = None,
@@ -75,17 +77,69 @@ def research(
     """Run ``notebook`` to its end, or to an interruption; the `Run` tells which.
 
     ``timeout`` (one attempt), ``budget`` (all attempts together) and ``grace`` are seconds or ``"30m"``.
+    With ``wait=False`` it returns once the run has been started; the run outlives this process either way.
+    ``key`` makes the call idempotent: the run that was started with it is attached to, resumed, or just
+    returned, whichever applies. ``on_end`` is a shell command the runner executes when the run has ended.
     Raises NotebookNotFound, NotebookError, ParameterError, KernelUnavailable or UsageError before anything
     is started or written.
     """
     root = find_project_root(Path.cwd())
     settings, _ = load_settings(root, {"grace": grace})
     request = check(str(notebook), parameters or {}, kernel=kernel, allow_unknown=allow_unknown)
-    limits = _limits(timeout, budget, settings)
-    folder = _create(request, settings, limits, runs_folder(runs_dir), name, checkpoint_dir)
-    for warning in request.warnings:
-        _note(on_note, warning)
-    return _execute(folder, 1, on_start, on_event, on_note)
+    limits = read_limits(timeout, budget, settings)
+    place = runs_folder(runs_dir)
+
+    def create() -> Started:
+        folder, lock = _create(request, settings, limits, place, name, checkpoint_dir, key, on_end)
+        for warning in request.warnings:
+            _note(on_note, warning)
+        return _launch(folder, 1, lock)
+
+    if key is None:
+        key = keys.scheduler_key(request.source.location, request.parameters, os.environ)
+    if key is None:
+        return _see_to_end(create(), wait, on_start, on_event, on_note)
+    with keys.held(place, key) as slot:
+        known = slot.run()
+        if known is None:
+            started = create()
+            slot.assign(started.folder)
+        else:
+            started = _go_on(known, request, key, timeout, budget, grace, on_note)
+    return _see_to_end(started, wait, on_start, on_event, on_note)
+
+
+def _go_on(
+    folder: RunFolder,
+    request: Request,
+    key: str,
+    timeout: float | str | None,
+    budget: float | str | None,
+    grace: float | str | None,
+    on_note: OnNote | None,
+) -> Started:
+    """What an idempotent call does with the run that has its key."""
+    record = recovery.current_record(folder)
+    if request.parameters != {n: v for n, v in record.parameters.items() if n in request.parameters}:
+        raise UsageError(
+            f"key {key!r} belongs to {record.run_id}, which has other parameters; take another key, or: "
+            f"grd resume {record.run_id} -p NAME VALUE"
+        )
+    changed = request.source.sha256 != record.notebook_sha256
+    action = keys.decide(record.state, record.cause, notebook_changed=changed)
+    if action == "attach":
+        _note(on_note, f"{record.run_id} has key {key!r} and is under way: attached")
+        return Started(folder, None, 0)
+    if action == "show":
+        _note(on_note, f"{record.run_id} has key {key!r} and is {record.state}: nothing to do")
+        return Started(folder, None, folder.events.stat().st_size if folder.events.exists() else 0)
+    edited = request.source.location if record.state == contract.FAILED else None
+    # The caps are the same words typed again, not new ones: only what differs is a change.
+    more_time = timeout if read_seconds("--timeout", timeout) != record.timeout else None
+    more_budget = budget if read_seconds("--budget", budget) != record.budget.get("seconds") else None
+    return _resume(
+        folder, {}, edited, None, more_time, more_budget, grace, allow_unknown=True, on_note=on_note
+    )
 
 
 def resume(
@@ -99,17 +153,44 @@ def resume(
     grace: float | str | None = None,
     runs_dir: str | Path | None = None,
     allow_unknown: bool = False,
+    wait: bool = True,
     on_start: Callable[[Run], None] | None = None,
     on_event: OnEvent | None = None,
     on_note: OnNote | None = None,
 ) -> Run:
     """Go on with an interrupted or failed run, or with a completed one if something changed.
 
-    ``notebook`` replaces the run's own copy, ``from_epoch`` goes back to the checkpoint after that epoch.
+    ``notebook`` replaces the run's own copy, ``from_epoch`` goes back to the checkpoint after that epoch;
+    with ``wait=False`` it returns once the attempt has been started.
     Raises RunNotFound, RunBusy, ResumeError, ApprovalRequired, and what `research` raises, before anything
     is started or changed.
     """
-    folder = status(run, runs_dir=runs_dir)._folder
+    started = _resume(
+        status(run, runs_dir=runs_dir).run_folder,
+        parameters or {},
+        notebook,
+        from_epoch,
+        timeout,
+        budget,
+        grace,
+        allow_unknown=allow_unknown,
+        on_note=on_note,
+    )
+    return _see_to_end(started, wait, on_start, on_event, on_note)
+
+
+def _resume(
+    folder: RunFolder,
+    parameters: Mapping[str, Any],
+    notebook: str | Path | None,
+    from_epoch: int | None,
+    timeout: float | str | None,
+    budget: float | str | None,
+    grace: float | str | None,
+    *,
+    allow_unknown: bool,
+    on_note: OnNote | None,
+) -> Started:
     record = recovery.current_record(folder)
     if record.state in (contract.RUNNING, contract.QUEUED):
         raise RunBusy(f"{record.run_id} is {record.state}; see: grd status {record.run_id}")
@@ -117,7 +198,7 @@ def resume(
     try:
         record = store.load(folder)
         changes = _apply_changes(
-            folder, record, parameters or {}, notebook, from_epoch, allow_unknown=allow_unknown
+            folder, record, parameters, notebook, from_epoch, allow_unknown=allow_unknown
         )
         _apply_limits(record, changes, timeout, budget, grace)
         _check_resumable(record, changes)
@@ -143,82 +224,24 @@ def resume(
     except BaseException:
         os.close(lock)
         raise
-    return _execute(folder, attempt.number, on_start, on_event, on_note, lock=lock)
-
-
-def check(
-    notebook: str, parameters: Mapping[str, Any], *, kernel: str | None = None, allow_unknown: bool = False
-) -> Request:
-    """Read a notebook and check everything about running it. Raises as `research` does."""
-    source = read_notebook(notebook)
-    found = find_kernel(source.notebook, kernel)
-    cell = read_parameters_cell(source.notebook, found.language or "python")
-    resolved = resolve(parameters, cell, allow_unknown=allow_unknown)
-    _check_language(found, resolved, cell)
-    return Request(source, found, cell, resolved, _warnings(cell))
-
-
-def _check_language(kernel: Kernel, parameters: Mapping[str, Any], cell: ParametersCell) -> None:
-    """papermill must know how to write parameters in the kernel's language, if there are any."""
-    injected = any(cell.declares(name) for name in contract.INJECTED_PARAMETERS)
-    if kernel.language == "python" or not (parameters or injected):
-        return
-    from papermill.translators import papermill_translators
-
-    try:
-        papermill_translators.find_translator(kernel.name, kernel.language)
-    except Exception:
-        raise ParameterError(
-            f"papermill writes no parameters for {kernel.language or kernel.name} notebooks; leave them out"
-        ) from None
-
-
-def _warnings(cell: ParametersCell) -> list[str]:
-    if not cell.present:
-        return [
-            "the notebook has no cell tagged 'parameters': timeout, checkpoint_dir and resume cannot be "
-            "injected, so a resume starts from the top"
-        ]
-    missing = [name for name in ("checkpoint_dir", "resume") if not cell.declares(name)]
-    if missing:
-        names = " and ".join(missing)
-        return [f"the notebook's parameters cell does not declare {names}: a resume starts from the top"]
-    return []
-
-
-@dataclass(frozen=True)
-class _Limits:
-    timeout: float | None
-    budget: dict[str, Any]
-
-
-def _limits(timeout: float | str | None, budget: float | str | None, settings: Settings) -> _Limits:
-    attempt_cap = _seconds("--timeout", timeout)
-    total_cap = _seconds("--budget", budget)
-    if attempt_cap is None and total_cap is None:
-        # Nobody has agreed to anything: the default caps all attempts together.
-        return _Limits(None, {"seconds": settings.default_timeout, "used_seconds": 0.0, "agreed": "default"})
-    return _Limits(attempt_cap, {"seconds": total_cap, "used_seconds": 0.0, "agreed": "typed"})
-
-
-def _seconds(flag: str, value: float | str | None) -> float | None:
-    if value is None:
-        return None
-    try:
-        return parse_duration(value)
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{flag}: {error}") from None
+    return _launch(folder, attempt.number, lock)
 
 
 def _create(
     request: Request,
     settings: Settings,
-    limits: _Limits,
+    limits: Limits,
     runs_dir: Path,
     name: str | None,
     checkpoint_dir: str | Path | None,
-) -> RunFolder:
-    """Make the run folder whole or not at all."""
+    key: str | None,
+    on_end: str | None,
+) -> tuple[RunFolder, int]:
+    """Make the run folder whole or not at all; returns it with its lock already held.
+
+    The lock is taken before the folder gets its name: there is no moment in which somebody could take the
+    run for one whose runner is gone.
+    """
     shown_name = name or Path(request.source.location.split("?")[0]).stem
     run_id = new_run_id(shown_name)
     while (runs_dir / run_id).exists():
@@ -247,6 +270,8 @@ def _create(
         },
         warnings=list(request.warnings),
         folder=str(folder.path),
+        key=key,
+        on_end=on_end,
         grd_version=grd.__version__,
         attempts=[
             Attempt(
@@ -265,11 +290,16 @@ def _create(
         checkpoints_here.mkdir(parents=True, exist_ok=True)
         atomic_write(staging.input, request.source.text)
         write_json(staging.record, record.to_dict())
-        staging.path.rename(folder.path)
+        lock = acquire(staging)
+        try:
+            staging.path.rename(folder.path)
+        except OSError:
+            os.close(lock)
+            raise
     except OSError as error:
         shutil.rmtree(staging.path, ignore_errors=True)
         raise UsageError(f"no run folder can be made in {runs_dir}: {error.strerror or error}") from None
-    return folder
+    return folder, lock
 
 
 def _apply_changes(
@@ -288,13 +318,13 @@ def _apply_changes(
     kernel = find_kernel(source.notebook, None if notebook is not None else record.kernel_name)
     cell = read_parameters_cell(source.notebook, kernel.language or "python")
     merged = resolve({**record.parameters, **parameters}, cell, allow_unknown=allow_unknown)
-    _check_language(kernel, merged, cell)
+    check_language(kernel, merged, cell)
     if notebook is not None and source.sha256 != record.notebook_sha256:
         changes["notebook"] = {"from": record.notebook_sha256, "to": source.sha256, "path": source.location}
         changes["text"] = source.text
         record.notebook_sha256 = source.sha256
         record.notebook = source.location
-        record.warnings = _warnings(cell)
+        record.warnings = adoption_warnings(cell)
     record.kernel_name, record.language = kernel.name, kernel.language
     record.declared = [name for name in contract.INJECTED_PARAMETERS if cell.declares(name)]
     different = {
@@ -332,8 +362,8 @@ def _apply_limits(
     budget: float | str | None,
     grace: float | str | None,
 ) -> None:
-    attempt_cap, total_cap = _seconds("--timeout", timeout), _seconds("--budget", budget)
-    grace_seconds = _seconds("--grace", grace)
+    attempt_cap, total_cap = read_seconds("--timeout", timeout), read_seconds("--budget", budget)
+    grace_seconds = read_seconds("--grace", grace)
     if attempt_cap is not None:
         changes["timeout"] = {"from": record.timeout, "to": attempt_cap}
         record.timeout = attempt_cap
@@ -384,21 +414,22 @@ def _note(on_note: OnNote | None, text: str) -> None:
         on_note(text)
 
 
-def _execute(
-    folder: RunFolder,
-    attempt: int,
+def _launch(folder: RunFolder, attempt: int, lock: int) -> Started:
+    forget_request(folder)
+    position = folder.events.stat().st_size if folder.events.exists() else 0
+    return Started(folder, start_runner(folder, attempt, lock), position)
+
+
+def _see_to_end(
+    started: Started,
+    wait: bool,
     on_start: Callable[[Run], None] | None,
     on_event: OnEvent | None,
     on_note: OnNote | None,
-    *,
-    lock: int | None = None,
 ) -> Run:
-    held = acquire(folder) if lock is None else lock
-    forget_request(folder)
-    position = folder.events.stat().st_size if folder.events.exists() else 0
-    process = start_runner(folder, attempt, held)
-    run = Run(folder)
+    run = Run(started.folder, process=started.process)
     if on_start is not None:
         on_start(run)
-    follow(folder, process, since=position, on_event=on_event, on_note=on_note)
+    if wait:
+        follow(started.folder, started.process, since=started.position, on_event=on_event, on_note=on_note)
     return run

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import html
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,8 +32,16 @@ def runs_folder(runs_dir: str | Path | None = None, project_dir: Path | None = N
 class Run:
     """One run. Every attribute is read anew from its folder, so that it is true when it is asked for."""
 
-    def __init__(self, folder: RunFolder | Path | str) -> None:
+    def __init__(
+        self, folder: RunFolder | Path | str, *, process: subprocess.Popen[bytes] | None = None
+    ) -> None:
         self._folder = folder if isinstance(folder, RunFolder) else RunFolder(Path(folder).resolve())
+        self._process = process  # the runner, where this process started it: it must be waited for
+
+    @property
+    def run_folder(self) -> RunFolder:
+        """The folder with its named places."""
+        return self._folder
 
     @property
     def id(self) -> str:
@@ -108,6 +119,26 @@ class Run:
     def stop(self, *, now: bool = False) -> None:
         """Ask the run to save and stop; ``now`` kills it without a grace."""
         ask_to_stop(self._folder, contract.STOPPED, at_once=now)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the attempt under way has ended; False if ``timeout`` seconds ran out before."""
+        from grd.steps.following import follow
+
+        return follow(self._folder, self._process, since=self._end_of_events(), seconds=timeout, listen=False)
+
+    async def await_end(self, timeout: float | None = None) -> bool:
+        """`wait` for an event loop: nothing is blocked meanwhile."""
+        from grd.steps.following import POLL_SECONDS, is_under_way
+
+        give_up = None if timeout is None else time.monotonic() + timeout
+        while is_under_way(self._folder, self._process):
+            if give_up is not None and time.monotonic() >= give_up:
+                return False
+            await asyncio.sleep(POLL_SECONDS)
+        return True
+
+    def _end_of_events(self) -> int:
+        return self._folder.events.stat().st_size if self._folder.events.exists() else 0
 
     def resume(self, **options: Any) -> Run:
         """Go on with it; see `grd.resume`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from grd import contract, errors
@@ -33,6 +34,24 @@ def of_error(error: Exception) -> int:
         if isinstance(error, kind):
             return code
     return RUN_FAILED
+
+
+def worst(codes: Iterable[int]) -> int:
+    """The one code for several runs: a failure before an interruption before success."""
+    found = set(codes)
+    for code in (
+        WAIT_TIMEOUT,
+        RUN_FAILED,
+        UNAVAILABLE,
+        APPROVAL,
+        INTERRUPTED,
+        USAGE,
+        CONFIGURATION,
+        NOT_FOUND,
+    ):
+        if code in found:
+            return code
+    return OK
 
 
 def of_run(state: str, cause: str | None) -> int:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
 from grd import contract
+from grd.files import read_json_lines
 from grd.interfaces.cli.rendering import describe_end, format_number, local_time, print_json
-from grd.runs import recovery
+from grd.runs import handover, recovery
 from grd.runs.folder import find_run
 from grd.runs.model import RunRecord
 from grd.steps import run as runs
+from grd.steps.following import POLL_SECONDS, is_under_way
+from grd.steps.reading import tail_of_cells, tail_of_file
 
 _runs_dir = click.option("--runs-dir", metavar="DIR", help="Where the runs lie. Default: experiments/.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -34,33 +40,30 @@ def status(run: str | None, runs_dir: str | None, as_json: bool) -> None:
         else:
             click.echo("\n".join(describe_end(shown)))
         return
-    entries = [(place, record) for place, record in recovery.all_current(folder)]
+    entries = [record for _, record in recovery.all_current(folder)]
+    found = handover.overview(entries)
     if as_json:
         print_json(
             {
                 "schema": "grd.status/1",
                 "runs_dir": str(folder),
-                "running": [_row(record) for _, record in entries if record.state in _UNDER_WAY],
-                "resumable": [_row(record) for _, record in entries if record.state == contract.INTERRUPTED],
-                "failed": [_row(record) for _, record in entries if record.state == contract.FAILED],
-                "completed": sum(record.state == contract.COMPLETED for _, record in entries),
+                "running": [_row(record) for record in found.running],
+                "resumable": [_row(record) for record in found.resumable],
+                "failed": [_row(record) for record in found.failed],
+                "completed": found.completed,
             }
         )
         return
     if not entries:
         click.echo(f"no runs in {folder} yet; start one: grd research NOTEBOOK")
         return
-    _section("Running", [r for _, r in entries if r.state in _UNDER_WAY])
-    _section("Can be resumed", [r for _, r in entries if r.state == contract.INTERRUPTED])
-    _section("Failed", [r for _, r in entries if r.state == contract.FAILED])
-    done = sum(record.state == contract.COMPLETED for _, record in entries)
-    click.echo(f"{done} completed; see: grd list")
+    _section("Running", found.running)
+    _section("Can be resumed", found.resumable)
+    _section("Failed", found.failed)
+    click.echo(f"{found.completed} completed; see: grd list")
 
 
-_UNDER_WAY = (contract.RUNNING, contract.QUEUED)
-
-
-def _section(title: str, records: list[RunRecord]) -> None:
+def _section(title: str, records: Sequence[RunRecord]) -> None:
     if not records:
         return
     click.echo(f"{title}:")
@@ -69,8 +72,7 @@ def _section(title: str, records: list[RunRecord]) -> None:
         click.echo(f"  {record.run_id}  {record.state}{because}")
         if record.detail:
             click.echo(f"      {record.detail}")
-        following = record.resume_command or f"grd status {record.run_id}"
-        click.echo(f"      next: {following}")
+        click.echo(f"      next: {handover.next_command(record)}")
 
 
 @click.command("list")
@@ -119,25 +121,44 @@ def _row(record: RunRecord) -> dict[str, Any]:
 @click.command()
 @click.argument("run")
 @click.option("--tail", type=click.IntRange(0), metavar="N", help="Only the last N lines.")
+@click.option(
+    "-f", "--follow", "following", is_flag=True, help="Go on with what is printed until the run ends."
+)
 @click.option("--runner", is_flag=True, help="What runner and kernel process said, rather than the cells.")
 @_runs_dir
-def logs(run: str, tail: int | None, runner: bool, runs_dir: str | None) -> None:
+def logs(run: str, tail: int | None, following: bool, runner: bool, runs_dir: str | None) -> None:
     """What the cells of RUN printed, errors included; complete also while it runs."""
-    found = runs.Run(find_run(runs.runs_folder(runs_dir), run))
-    record = found.record
+    folder = find_run(runs.runs_folder(runs_dir), run)
+    attempt = folder.attempt(recovery.current_record(folder).attempt)
     if runner:
-        path = find_run(runs.runs_folder(runs_dir), run).attempt(record.attempt).log
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        parts = tail_of_file(attempt.log, lambda: following and is_under_way(folder))
     else:
-        try:
-            text = found.logs()
-        except (OSError, ValueError):
-            text = ""
-            click.echo(f"grd: attempt {record.attempt} has no notebook yet; try --runner", err=True)
-    lines = text.splitlines()
-    shown = lines if tail is None else lines[len(lines) - min(tail, len(lines)) :]
-    for line in shown:
-        click.echo(line)
+        parts = tail_of_cells(attempt, lambda: following and is_under_way(folder))
+    first = next(parts, None)
+    if first is None:
+        click.echo(f"grd: attempt {attempt.number} has no notebook yet; try --runner", err=True)
+        return
+    lines = first.splitlines(keepends=True)
+    click.echo("".join(lines if tail is None else lines[len(lines) - min(tail, len(lines)) :]), nl=False)
+    for part in parts:
+        click.echo(part, nl=False)
+
+
+@click.command()
+@click.argument("run")
+@click.option("--since", type=click.IntRange(0), default=0, metavar="OFFSET", help="Only what came after it.")
+@click.option("-f", "--follow", "following", is_flag=True, help="Go on until the run ends.")
+@_runs_dir
+def events(run: str, since: int, following: bool, runs_dir: str | None) -> None:
+    """The events of RUN as JSON lines. The "offset" of the last one is the --since of the next call."""
+    folder = find_run(runs.runs_folder(runs_dir), run)
+    while True:
+        under_way = following and is_under_way(folder)
+        for since, event in read_json_lines(folder.events, since):
+            click.echo(json.dumps({**event, "offset": since}, ensure_ascii=False))
+        if not under_way:
+            return
+        time.sleep(POLL_SECONDS)
 
 
 @click.command()

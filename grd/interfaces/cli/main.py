@@ -16,10 +16,16 @@ _COMMANDS = {
     "explore": ("grd.interfaces.cli.explore", "explore", "Profile this machine into the report."),
     "research": ("grd.interfaces.cli.research", "research", "Run a training notebook that survives."),
     "resume": ("grd.interfaces.cli.research", "resume", "Go on with an interrupted or failed run."),
+    "stop": ("grd.interfaces.cli.steering", "stop", "Ask a run to save and stop."),
+    "wait": ("grd.interfaces.cli.steering", "wait", "Wait until runs have ended."),
     "status": ("grd.interfaces.cli.looking", "status", "What a run, or the whole project, is doing."),
     "list": ("grd.interfaces.cli.looking", "list_runs", "This project's runs, newest first."),
+    "events": ("grd.interfaces.cli.looking", "events", "The events of a run as JSON lines."),
     "logs": ("grd.interfaces.cli.looking", "logs", "What a run's cells printed."),
     "result": ("grd.interfaces.cli.looking", "result", "Metrics of a run and where its files lie."),
+    "rm": ("grd.interfaces.cli.tidying", "rm", "Delete runs that are not under way."),
+    "gc": ("grd.interfaces.cli.tidying", "gc", "Delete what runs no longer need."),
+    "config": ("grd.interfaces.cli.config", "config", "The settings in force and where they come from."),
 }
 
 
@@ -65,7 +71,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
     Data goes to stdout, progress and messages to stderr. Exit codes: 0 ok, 1 the run failed, 2 usage,
     66 no such run or notebook, 69 resource unavailable, 75 interrupted and resumable, 77 approval required,
-    78 bad configuration.
+    78 bad configuration, 124 `wait` ran out of time and the run goes on.
     """
     ctx.obj = {"debug": debug}
 

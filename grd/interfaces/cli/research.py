@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 
 import click
 
-from grd.errors import NotFoundError, UsageError
+from grd import contract
+from grd.errors import GrdError, NotFoundError, UsageError
 from grd.execution.parameters import RawText
 from grd.interfaces.cli import exit_codes
 from grd.interfaces.cli.rendering import ProgressPrinter, describe_end, print_json, say
-from grd.steps.run import Run
+from grd.steps.run import Run, list_runs
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -58,6 +59,9 @@ def _parameter_options(command: Command) -> Command:
 
 def _limit_options(command: Command) -> Command:
     for option in (
+        click.option(
+            "--wait/--detach", default=True, help="Follow the run to its end (default), or just start it."
+        ),
         click.option("-q", "--quiet", is_flag=True, help="No progress on stderr."),
         click.option(
             "--json", "as_json", is_flag=True, help="Print the ended run as JSON (schema grd.run/1)."
@@ -85,6 +89,12 @@ def _limit_options(command: Command) -> Command:
 @click.option("--name", metavar="NAME", help="Part of the run id. Default: the notebook's file name.")
 @click.option("--kernel", metavar="NAME", help="Kernel to use. Default: the one the notebook names.")
 @click.option("--checkpoint-dir", metavar="DIR", help="Where checkpoints go. Default: in the run's folder.")
+@click.option(
+    "--key",
+    metavar="K",
+    help="Make the command idempotent: start a run, or attach to, resume, or show the one that has this key.",
+)
+@click.option("--on-end", metavar="CMD", help="Shell command for the runner to start when the run has ended.")
 def research(
     notebook: str,
     pairs: tuple[tuple[str, str], ...],
@@ -95,23 +105,27 @@ def research(
     name: str | None,
     kernel: str | None,
     checkpoint_dir: str | None,
+    key: str | None,
+    on_end: str | None,
     timeout: str | None,
     budget: str | None,
     grace: str | None,
     runs_dir: str | None,
     as_json: bool,
     quiet: bool,
+    wait: bool,
 ) -> None:
     """Run NOTEBOOK with a deadline and a checkpoint folder.
 
-    Ctrl-C or SIGTERM asks the run to save and stop (a second one kills it). Exit code: 0 completed,
-    1 the notebook failed, 75 interrupted: the command to go on with is printed.
+      Ctrl-C or SIGTERM asks the run to save and stop (a second one kills it). Exit code: 0 completed,
+      1 the notebook failed, 75 interrupted: the command to go on with is printed.
 
-    \b
-    Examples:
-      grd research train.ipynb
-      grd research train.ipynb -p lr 0.01 -p epochs 40 --timeout 2h
-      grd research train.ipynb -f params.yaml --timeout 8m --budget 4h --json
+      \b
+      Examples:
+        grd research train.ipynb
+        grd research train.ipynb -p lr 0.01 -p epochs 40 --timeout 2h
+        grd research train.ipynb --timeout 3h --detach
+    grd research train.ipynb --key nightly --timeout 8m --budget 4h
     """
     from grd.steps import researcher
 
@@ -124,18 +138,24 @@ def research(
         name=name,
         kernel=kernel,
         checkpoint_dir=checkpoint_dir,
+        key=key,
+        on_end=on_end,
         grace=grace,
         runs_dir=runs_dir,
         allow_unknown=allow_unknown,
+        wait=wait,
         on_start=lambda started: _announce(started, quiet),
         on_event=printer,
         on_note=say,
     )
-    _finish(run, printer, as_json)
+    _finish(run, printer, as_json, wait)
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", required=False)
+@click.option(
+    "--all-interrupted", is_flag=True, help="Every interrupted run of the project, one after another."
+)
 @click.option("--notebook", metavar="EDITED", help="Go on with this notebook instead of the run's own copy.")
 @click.option(
     "--from", "from_epoch", type=int, metavar="EPOCH", help="Go back to the checkpoint after this epoch."
@@ -143,7 +163,8 @@ def research(
 @_parameter_options
 @_limit_options
 def resume(
-    run: str,
+    run: str | None,
+    all_interrupted: bool,
     notebook: str | None,
     from_epoch: int | None,
     pairs: tuple[tuple[str, str], ...],
@@ -157,6 +178,7 @@ def resume(
     runs_dir: str | None,
     as_json: bool,
     quiet: bool,
+    wait: bool,
 ) -> None:
     """Go on with RUN (an id, a unique part of one, or "last") from its last good checkpoint.
 
@@ -170,22 +192,63 @@ def resume(
     """
     from grd.steps import researcher
 
-    printer = ProgressPrinter(quiet=quiet)
-    ended = researcher.resume(
-        run,
-        gather(pairs, raws, yamls, files),
-        notebook=notebook,
-        from_epoch=from_epoch,
-        timeout=timeout,
-        budget=budget,
-        grace=grace,
-        runs_dir=runs_dir,
-        allow_unknown=allow_unknown,
-        on_start=lambda started: _announce(started, quiet),
-        on_event=printer,
-        on_note=say,
-    )
-    _finish(ended, printer, as_json)
+    if (run is None) != all_interrupted:
+        raise UsageError("name one RUN, or give --all-interrupted")
+    if all_interrupted and (notebook is not None or from_epoch is not None):
+        raise UsageError("--notebook and --from go with one RUN, not with --all-interrupted")
+    parameters = gather(pairs, raws, yamls, files)
+
+    def resume_one(which: str | Run, printer: ProgressPrinter) -> Run:
+        return researcher.resume(
+            which,
+            parameters,
+            notebook=notebook,
+            from_epoch=from_epoch,
+            timeout=timeout,
+            budget=budget,
+            grace=grace,
+            runs_dir=runs_dir,
+            allow_unknown=allow_unknown,
+            wait=wait,
+            on_start=lambda started: _announce(started, quiet),
+            on_event=printer,
+            on_note=say,
+        )
+
+    if run is not None:
+        printer = ProgressPrinter(quiet=quiet)
+        _finish(resume_one(run, printer), printer, as_json, wait)
+    _resume_all(resume_one, runs_dir, as_json, quiet, wait)
+
+
+def _resume_all(
+    resume_one: Callable[[str | Run, ProgressPrinter], Run],
+    runs_dir: str | None,
+    as_json: bool,
+    quiet: bool,
+    wait: bool,
+) -> None:
+    """Oldest first; one that cannot be resumed is said and does not hold up the others."""
+    shown, codes = [], [exit_codes.OK]
+    for interrupted in reversed(list_runs(runs_dir=runs_dir, state=contract.INTERRUPTED)):
+        printer = ProgressPrinter(quiet=quiet)
+        try:
+            ended = resume_one(interrupted, printer).to_dict()
+        except GrdError as error:
+            say(f"{interrupted.id}: {error}")
+            codes.append(exit_codes.of_error(error))
+            continue
+        printer.close()
+        shown.append(ended)
+        if wait:
+            codes.append(exit_codes.of_run(ended["state"], ended["cause"]))
+        if not as_json:
+            click.echo("\n".join(describe_end(ended)))
+    if as_json:
+        print_json({"schema": "grd.resume-all/1", "runs": shown})
+    elif not shown:
+        click.echo("no interrupted run; see: grd status")
+    raise click.exceptions.Exit(exit_codes.worst(codes))
 
 
 def gather(
@@ -231,11 +294,13 @@ def _announce(run: Run, quiet: bool) -> None:
         say(f"folder {run.folder}")
 
 
-def _finish(run: Run, printer: ProgressPrinter, as_json: bool) -> None:
+def _finish(run: Run, printer: ProgressPrinter, as_json: bool, waited: bool) -> None:
     printer.close()
     shown = run.to_dict()
     if as_json:
         print_json(shown)
     else:
         click.echo("\n".join(describe_end(shown)))
-    raise click.exceptions.Exit(exit_codes.of_run(shown["state"], shown["cause"]))
+    started = not waited and shown["state"] in (contract.QUEUED, contract.RUNNING)
+    code = exit_codes.OK if started else exit_codes.of_run(shown["state"], shown["cause"])
+    raise click.exceptions.Exit(code)

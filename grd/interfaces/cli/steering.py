@@ -1,0 +1,101 @@
+"""``grd stop`` and ``grd wait``."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import click
+
+from grd import contract
+from grd.errors import UsageError
+from grd.interfaces.cli import exit_codes
+from grd.interfaces.cli.rendering import describe_end, print_json, say
+from grd.runs.folder import RunFolder, find_run
+from grd.runs.stop_request import ask_to_stop
+from grd.settings import parse_duration
+from grd.steps import run as runs
+from grd.steps.following import is_under_way
+
+POLL_SECONDS = 0.1
+SETTLING_SECONDS = 20.0
+"""Beyond the grace: the kernel's end is noticed, the notebook and the record are written."""
+
+_runs_dir = click.option("--runs-dir", metavar="DIR", help="Where the runs lie. Default: experiments/.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.command()
+@click.argument("names", nargs=-1, required=True, metavar="RUN...")
+@click.option("--now", is_flag=True, help="Kill at once, without time to save.")
+@click.option(
+    "--no-wait", is_flag=True, help="Return once the request is left, not when the runs have ended."
+)
+@_runs_dir
+@_json
+def stop(names: tuple[str, ...], now: bool, no_wait: bool, runs_dir: str | None, as_json: bool) -> None:
+    """Ask each RUN to save and stop; after its grace period it is killed. It can be resumed later."""
+    place = runs.runs_folder(runs_dir)
+    folders = [find_run(place, name) for name in names]
+    asked = []
+    for folder in folders:
+        if is_under_way(folder):
+            ask_to_stop(folder, contract.STOPPED, at_once=now)
+            asked.append(folder)
+        else:
+            say(f"{folder.run_id} is not running")
+    if not no_wait:
+        for folder in asked:
+            grace = 0.0 if now else float(runs.status_of(folder)["grace"])
+            if not _wait_for([folder], grace + SETTLING_SECONDS, any_of=False):
+                say(f"{folder.run_id} is still ending; see: grd status {folder.run_id}")
+    _show(folders, as_json, {"schema": "grd.stop/1"})
+
+
+@click.command()
+@click.argument("names", nargs=-1, required=True, metavar="RUN...")
+@click.option("--any", "any_of", is_flag=True, help="Until one of them has ended, rather than all.")
+@click.option("--timeout", metavar="TIME", help="At most so long, such as 540 or 9m; then exit 124.")
+@_runs_dir
+@_json
+def wait(
+    names: tuple[str, ...], any_of: bool, timeout: str | None, runs_dir: str | None, as_json: bool
+) -> None:
+    """Wait until each RUN has ended.
+
+    Exit code: that of the run (of the worst, of several); 124 if the time ran out and a run goes on.
+    """
+    try:
+        seconds = None if timeout is None else parse_duration(timeout)
+    except ValueError as error:
+        raise UsageError(f"--timeout: {error}") from None
+    place = runs.runs_folder(runs_dir)
+    folders = [find_run(place, name) for name in names]
+    in_time = _wait_for(folders, seconds, any_of=any_of)
+    shown = _show(folders, as_json, {"schema": "grd.wait/1", "timed_out": not in_time})
+    ended = [run for run in shown if run["state"] in contract.ENDED_STATES]
+    if not in_time:
+        say("the time is up and the run goes on; type the same command again")
+        raise click.exceptions.Exit(exit_codes.WAIT_TIMEOUT)
+    codes = [exit_codes.of_run(run["state"], run["cause"]) for run in ended]
+    raise click.exceptions.Exit(exit_codes.worst(codes))
+
+
+def _wait_for(folders: list[RunFolder], seconds: float | None, *, any_of: bool) -> bool:
+    give_up = None if seconds is None else time.monotonic() + seconds
+    while True:
+        going = [folder for folder in folders if is_under_way(folder)]
+        if not going or (any_of and len(going) < len(folders)):
+            return True
+        if give_up is not None and time.monotonic() >= give_up:
+            return False
+        time.sleep(POLL_SECONDS)
+
+
+def _show(folders: list[RunFolder], as_json: bool, head: dict[str, Any]) -> list[dict[str, Any]]:
+    shown = [runs.status_of(folder) for folder in folders]
+    if as_json:
+        print_json({**head, "runs": shown})
+    else:
+        click.echo("\n".join(line for run in shown for line in describe_end(run)))
+    return shown

@@ -1,0 +1,91 @@
+"""What whoever comes next must know: runs under way, resumable and failed, each with the next command.
+
+The same grouping serves ``grd status`` and grd's marked section in ``.planning/STATE.md``, which belongs to
+people: only that section is ever touched, and the file is made only where there is a ``.planning`` folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from grd import contract
+from grd.errors import ReportError
+from grd.files import take_lock
+from grd.marked_section import write_section
+from grd.runs import recovery
+from grd.runs.model import RunRecord
+from grd.settings import find_project_root
+
+SECTION = "runs"
+LOCK_WAIT_SECONDS = 5.0
+MOST_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Overview:
+    """The runs of a project by what is to be done about them, newest first."""
+
+    running: tuple[RunRecord, ...]
+    resumable: tuple[RunRecord, ...]
+    failed: tuple[RunRecord, ...]
+    completed: int
+
+
+def overview(records: Iterable[RunRecord]) -> Overview:
+    """Group records; the order within a group stays."""
+    everything = list(records)
+
+    def having(*states: str) -> tuple[RunRecord, ...]:
+        return tuple(record for record in everything if record.state in states)
+
+    return Overview(
+        running=having(contract.RUNNING, contract.QUEUED),
+        resumable=having(contract.INTERRUPTED),
+        failed=having(contract.FAILED),
+        completed=len(having(contract.COMPLETED)),
+    )
+
+
+def next_command(record: RunRecord) -> str:
+    """What to type about this run."""
+    return record.resume_command or f"grd status {record.run_id}"
+
+
+def state_section(found: Overview) -> str:
+    """The Markdown of the section."""
+    lines = ["## Runs", ""]
+    groups = (("Running", found.running), ("Can be resumed", found.resumable), ("Failed", found.failed))
+    for title, records in groups:
+        if not records:
+            continue
+        lines += [f"### {title}", ""]
+        for record in records[:MOST_SHOWN]:
+            because = f" ({record.cause})" if record.cause else ""
+            lines.append(f"- `{record.run_id}` {record.state}{because}: `{next_command(record)}`")
+        if len(records) > MOST_SHOWN:
+            lines.append(f"- and {len(records) - MOST_SHOWN} more: `grd list`")
+        lines.append("")
+    lines.append(f"{found.completed} completed: `grd list`")
+    return "\n".join(lines)
+
+
+def write_state_page(runs_dir: Path) -> bool:
+    """Bring the section in the project's STATE.md up to date; False if there is no ``.planning`` folder.
+
+    Raises ReportError if the page cannot be edited without damage, OSError if its lock cannot be taken.
+    """
+    planning = find_project_root(runs_dir) / ".planning"
+    if not planning.is_dir():
+        return False
+    lock = take_lock(runs_dir / ".state-page.lock", wait_seconds=LOCK_WAIT_SECONDS)
+    if lock is None:
+        raise ReportError("another runner has been writing STATE.md for long")
+    try:
+        records = [record for _, record in recovery.all_current(runs_dir)]
+        write_section(planning / "STATE.md", SECTION, state_section(overview(records)))
+    finally:
+        os.close(lock)
+    return True

@@ -1,0 +1,93 @@
+"""What somebody asks the Researcher for, read and checked before anything is started or written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from grd import contract
+from grd.errors import ParameterError, UsageError
+from grd.execution.notebooks import Kernel, Source, find_kernel, read_notebook
+from grd.execution.parameters import ParametersCell, read_parameters_cell, resolve
+from grd.settings import Settings, parse_duration
+
+
+@dataclass(frozen=True)
+class Request:
+    """A notebook that was read and checked, with what it will be given."""
+
+    source: Source
+    kernel: Kernel
+    cell: ParametersCell
+    parameters: dict[str, Any]
+    warnings: list[str]
+
+    @property
+    def declared(self) -> list[str]:
+        """Which of the injected names the notebook declares."""
+        return [name for name in contract.INJECTED_PARAMETERS if self.cell.declares(name)]
+
+
+def check(
+    notebook: str, parameters: Mapping[str, Any], *, kernel: str | None = None, allow_unknown: bool = False
+) -> Request:
+    """Read a notebook and check everything about running it. Raises as `research` does."""
+    source = read_notebook(notebook)
+    found = find_kernel(source.notebook, kernel)
+    cell = read_parameters_cell(source.notebook, found.language or "python")
+    resolved = resolve(parameters, cell, allow_unknown=allow_unknown)
+    check_language(found, resolved, cell)
+    return Request(source, found, cell, resolved, adoption_warnings(cell))
+
+
+def check_language(kernel: Kernel, parameters: Mapping[str, Any], cell: ParametersCell) -> None:
+    """papermill must know how to write parameters in the kernel's language, if there are any."""
+    injected = any(cell.declares(name) for name in contract.INJECTED_PARAMETERS)
+    if kernel.language == "python" or not (parameters or injected):
+        return
+    from papermill.translators import papermill_translators
+
+    try:
+        papermill_translators.find_translator(kernel.name, kernel.language)
+    except Exception:
+        raise ParameterError(
+            f"papermill writes no parameters for {kernel.language or kernel.name} notebooks; leave them out"
+        ) from None
+
+
+def adoption_warnings(cell: ParametersCell) -> list[str]:
+    if not cell.present:
+        return [
+            "the notebook has no cell tagged 'parameters': timeout, checkpoint_dir and resume cannot be "
+            "injected, so a resume starts from the top"
+        ]
+    missing = [name for name in ("checkpoint_dir", "resume") if not cell.declares(name)]
+    if missing:
+        names = " and ".join(missing)
+        return [f"the notebook's parameters cell does not declare {names}: a resume starts from the top"]
+    return []
+
+
+@dataclass(frozen=True)
+class Limits:
+    timeout: float | None
+    budget: dict[str, Any]
+
+
+def read_limits(timeout: float | str | None, budget: float | str | None, settings: Settings) -> Limits:
+    attempt_cap = read_seconds("--timeout", timeout)
+    total_cap = read_seconds("--budget", budget)
+    if attempt_cap is None and total_cap is None:
+        # Nobody has agreed to anything: the default caps all attempts together.
+        return Limits(None, {"seconds": settings.default_timeout, "used_seconds": 0.0, "agreed": "default"})
+    return Limits(attempt_cap, {"seconds": total_cap, "used_seconds": 0.0, "agreed": "typed"})
+
+
+def read_seconds(flag: str, value: float | str | None) -> float | None:
+    if value is None:
+        return None
+    try:
+        return parse_duration(value)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{flag}: {error}") from None
