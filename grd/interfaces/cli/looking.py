@@ -152,10 +152,12 @@ def logs(run: str, tail: int | None, following: bool, runner: bool, runs_dir: st
 def events(run: str, since: int, following: bool, runs_dir: str | None) -> None:
     """The events of RUN as JSON lines. The "offset" of the last one is the --since of the next call."""
     folder = find_run(runs.runs_folder(runs_dir), run)
+    position = since
     while True:
         under_way = following and is_under_way(folder)
-        for since, event in read_json_lines(folder.events, since):
-            click.echo(json.dumps({**event, "offset": since}, ensure_ascii=False))
+        for offset, event in read_json_lines(folder.events, position):
+            click.echo(json.dumps({**event, "offset": offset}, ensure_ascii=False))
+            position = offset
         if not under_way:
             return
         time.sleep(POLL_SECONDS)
