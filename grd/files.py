@@ -179,6 +179,10 @@ def take_lock(path: Path, *, wait_seconds: float = 0.0, inheritable: bool = Fals
             return fd
 
 
+LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+"""What flock answers on file systems that have none."""
+
+
 def is_locked(path: Path) -> bool:
     """Whether some process holds `take_lock` on ``path``; never creates or takes it.
 

@@ -1,7 +1,7 @@
 """An IPython extension for kernels that grd starts: schedulers' signals must not kill them.
 
-Slurm, systemd and docker signal every process at once. An ipykernel dies of SIGTERM, SIGUSR1 and SIGUSR2 by
-default, before the training could save. With this extension SIGTERM becomes a KeyboardInterrupt in the
+Slurm, systemd and docker signal every process at once. An ipykernel dies of SIGTERM, SIGHUP
+and SIGUSR1/2 by default, before the training could save. With this extension SIGTERM becomes a KeyboardInterrupt in the
 running cell where nothing else has taken the signal, and still ends a kernel that is idle.
 """
 
@@ -27,7 +27,7 @@ def load_ipython_extension(shell: Any) -> None:
     """Install the handlers where the signals still have their default action."""
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _on_sigterm)
-    for name in ("SIGUSR1", "SIGUSR2"):
+    for name in ("SIGUSR1", "SIGUSR2", "SIGHUP"):
         signum = getattr(signal, name)
         if signal.getsignal(signum) is signal.SIG_DFL:
             signal.signal(signum, signal.SIG_IGN)

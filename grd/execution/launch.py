@@ -8,15 +8,24 @@ import sys
 
 from grd import contract
 from grd.errors import RunBusy
-from grd.files import take_lock
+from grd.files import LOCKS_UNSUPPORTED, take_lock
 from grd.runs.folder import RunFolder
 
 LOCK_WAIT_SECONDS = 1.0
 
 
 def acquire(folder: RunFolder) -> int:
-    """The run's lock as a descriptor. Raises RunBusy if another process executes this run."""
-    lock = take_lock(folder.lock, wait_seconds=LOCK_WAIT_SECONDS)
+    """The run's lock as a descriptor. Raises RunBusy if another process executes this run.
+
+    On a file system without flock the descriptor holds no lock; who lives is then told by the runner's
+    identity and its heartbeat.
+    """
+    try:
+        lock = take_lock(folder.lock, wait_seconds=LOCK_WAIT_SECONDS)
+    except OSError as error:
+        if error.errno not in LOCKS_UNSUPPORTED:
+            raise
+        lock = os.open(folder.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     if lock is None:
         raise RunBusy(
             f"{folder.run_id} is being executed by another process; see: grd status {folder.run_id}"

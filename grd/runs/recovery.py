@@ -12,13 +12,16 @@ from datetime import datetime
 
 from grd import contract
 from grd.errors import ConfigurationError, RunNotFound
-from grd.files import atomic_write, take_lock
+from grd.files import LOCKS_UNSUPPORTED, atomic_write, take_lock
 from grd.runs import notebook_journal, store
 from grd.runs.events import EventLog, view_of
 from grd.runs.folder import RunFolder, process_marker
 from grd.runs.liveness import needs_recovery
 from grd.runs.model import RunRecord, now_iso
 from grd.runs.processes import boot_id, is_alive, reap
+
+REAP_SECONDS = 0.3
+"""Looking at a run must not take long: what does not die at once is met again by the next look."""
 
 
 def current_record(folder: RunFolder) -> RunRecord:
@@ -31,8 +34,10 @@ def current_record(folder: RunFolder) -> RunRecord:
         return record
     try:
         lock = take_lock(folder.recovery_lock, wait_seconds=0.5)
-    except OSError:
-        return _as_lost(folder, record)  # a read-only folder: the truth is told, but not stored
+    except OSError as error:
+        if error.errno not in LOCKS_UNSUPPORTED:
+            return _as_lost(folder, record)  # a read-only folder: the truth is told, but not stored
+        return _recover(folder, record)  # two at once write the same
     if lock is None:
         return _as_lost(folder, store.load(folder))
     try:
@@ -75,7 +80,7 @@ def _as_lost(folder: RunFolder, record: RunRecord) -> RunRecord:
 def _recover(folder: RunFolder, record: RunRecord) -> RunRecord:
     # The dead runner's kernel and its children first: a notebook that still runs may still write.
     if record.runner is None or record.runner.get("boot_id") == boot_id():
-        reap(process_marker(record.run_id, record.attempt))
+        reap(process_marker(record.run_id, record.attempt), wait_seconds=REAP_SECONDS)
     record = _as_lost(folder, record)
     attempt = record.current
     attempt.seconds = max(attempt.seconds, _seconds_between(attempt.started_at, record.ended_at))

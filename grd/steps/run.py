@@ -14,6 +14,7 @@ from grd import contract
 from grd.runs import notebook_journal, recovery
 from grd.runs.events import LiveView, view_of
 from grd.runs.folder import RunFolder, find_run
+from grd.runs.liveness import heartbeat_age
 from grd.runs.model import RunRecord
 from grd.runs.stop_request import ask_to_stop
 from grd.settings import find_project_root, load_settings
@@ -196,6 +197,7 @@ def status_of(folder: RunFolder) -> dict[str, Any]:
         shown["progress"], shown["metrics"] = view.progress, view.metrics
         shown["checkpoint"] = view.checkpoint or record.checkpoint
         shown["cell"] = view.cell
+        shown["heartbeat_seconds"] = heartbeat_age(folder)
     return shown
 
 
