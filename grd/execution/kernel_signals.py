@@ -1,7 +1,7 @@
 """An IPython extension for kernels that grd starts: schedulers' signals must not kill them.
 
-Slurm, systemd and docker signal every process at once. An ipykernel dies of SIGTERM, SIGHUP
-and SIGUSR1/2 by default, before the training could save. With this extension SIGTERM becomes a KeyboardInterrupt in the
+Slurm, systemd and docker signal every process at once. An ipykernel dies of SIGTERM, SIGHUP and SIGUSR1/2
+by default, before the training could save. With this extension SIGTERM becomes a KeyboardInterrupt in the
 running cell where nothing else has taken the signal, and still ends a kernel that is idle.
 """
 

@@ -124,15 +124,28 @@ def to_kernel(signum: int) -> Callable[[Project, subprocess.Popen[str]], None]:
     return lambda project, process: os.kill(_kernel(project), signum)
 
 
-def to_everyone(signum: int) -> Callable[[Project, subprocess.Popen[str]], None]:
+def to_everyone(signum: int, *, follower: bool = True) -> Callable[[Project, subprocess.Popen[str]], None]:
     """As scancel, systemd and docker stop do."""
 
     def send(project: Project, process: subprocess.Popen[str]) -> None:
-        tree = [process.pid, _runner(project)]
+        tree = [process.pid, _runner(project)] if follower else [_runner(project)]
         tree += [child.pid for child in psutil.Process(_runner(project)).children(recursive=True)]
         for pid in tree:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signum)
+
+    return send
+
+
+def twice(signum: int) -> Callable[[Project, subprocess.Popen[str]], None]:
+    """The second comes while the first stop is under way; it must not spoil the saving."""
+
+    def send(project: Project, process: subprocess.Popen[str]) -> None:
+        runner = _runner(project)
+        os.kill(runner, signum)
+        project.wait_for_event("stop", stage=0)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(runner, signum)
 
     return send
 
@@ -155,9 +168,16 @@ FAULTS = {
     "runner SIGINT": Fault(to_runner(signal.SIGINT), "sigint"),
     "runner SIGHUP": Fault(to_runner(signal.SIGHUP), "sighup"),
     "runner SIGUSR1": Fault(to_runner(signal.SIGUSR1), "preempted"),
+    "runner SIGUSR2": Fault(to_runner(signal.SIGUSR2), "preempted"),
+    "runner SIGTERM twice": Fault(twice(signal.SIGTERM), "sigterm"),
+    "runner SIGINT twice": Fault(twice(signal.SIGINT), "sigint"),
+    "follower SIGTERM": Fault(lambda project, process: process.terminate(), "sigterm"),
     "runner SIGKILL": Fault(to_runner(signal.SIGKILL), "runner_lost"),
     "everyone SIGTERM": Fault(to_everyone(signal.SIGTERM), "sigterm"),
     "everyone SIGINT": Fault(to_everyone(signal.SIGINT), "sigint"),
+    "everyone SIGHUP": Fault(to_everyone(signal.SIGHUP, follower=False), "sighup"),
+    "everyone SIGUSR1": Fault(to_everyone(signal.SIGUSR1, follower=False), "preempted"),
+    "everyone SIGUSR2": Fault(to_everyone(signal.SIGUSR2, follower=False), "preempted"),
     "deadline": Fault(nothing, "deadline", ("--timeout", "4s", "--grace", "8s")),
 }
 
