@@ -117,6 +117,26 @@ def test_the_wheel_needs_no_torch(installed: Installed) -> None:
     assert "ModuleNotFoundError" in done.stderr
 
 
+def test_the_source_plans_libraries_are_installed_in_versions_that_exist(installed: Installed) -> None:
+    code = (
+        "import json; from importlib.metadata import distributions\n"
+        "print(json.dumps({d.name.lower(): d.version for d in distributions()}))"
+    )
+    versions = json.loads(installed.ok("python", "-c", code))
+    floors = {
+        "psutil": 5,
+        "gputil": 1,
+        "py-cpuinfo": 9,
+        "tqdm": 4,
+        "rich": 13,
+        "nvidia-ml-py": 12,
+        "papermill": 2,
+    }
+    assert {name: floor for name, floor in floors.items() if int(versions[name].split(".")[0]) < floor} == {}
+    assert not {"graceful-shutdown", "scrapbook", "nvidia-ml-py3"} & set(versions)
+    installed.ok("python", "-c", "import psutil, GPUtil, cpuinfo, tqdm, rich, pynvml")
+
+
 def test_the_installed_code_is_the_wheels(installed: Installed) -> None:
     place = installed.ok("python", "-c", "import grd; print(grd.__file__)").strip()
     assert Path(place).is_relative_to(installed.bin.parent)

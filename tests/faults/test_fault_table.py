@@ -36,9 +36,11 @@ while not resume and n < 10**7:
         time.sleep(0.01)
 """
 HOLDING_THE_GIL = """
-import re
+import re, time
 print('here', flush=True)
 if not resume:
+    time.sleep(0.5)  # the kernel's own threads cannot send what was printed while the GIL is held
+    open('holding', 'w').close()
     re.match('(a+)+b', 'a' * 60)
 """
 SWALLOWING = """
@@ -73,6 +75,11 @@ def a_cell_prints(project: Project) -> None:
     project.wait_for_output("here")
 
 
+def the_gil_is_held(project: Project) -> None:
+    a_cell_prints(project)
+    wait_until((project.path / "holding").exists, "the cell to hold the GIL")
+
+
 def the_kernel_is_starting(project: Project) -> None:
     wait_until(lambda: project.record()["kernel_pid"], "the kernel's pid")
 
@@ -99,7 +106,7 @@ MOMENTS = {
     "kernel starting": Moment(SILENT, the_kernel_is_starting),
     "silent cell": Moment(SILENT, a_cell_prints),
     "printing cell": Moment(PRINTING, a_cell_prints),
-    "cell holding the GIL": Moment(HOLDING_THE_GIL, a_cell_prints),
+    "cell holding the GIL": Moment(HOLDING_THE_GIL, the_gil_is_held),
     "cell swallowing interrupts": Moment(SWALLOWING, a_cell_prints),
     "training": Moment(TRAINING, a_cell_prints),
     "saving a checkpoint": Moment(SAVING, a_checkpoint_is_being_written),

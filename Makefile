@@ -1,0 +1,58 @@
+# Everything runs in .venv, made on first use. pip's own settings (pip.conf, PIP_*) decide where packages come from.
+PYTHON ?= python3
+VENV ?= .venv
+
+PY = $(VENV)/bin/python
+PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES = pyproject.toml constraints.txt
+
+.DEFAULT_GOAL = help
+.PHONY: help venv demo test check faults wheel-test clean
+.DELETE_ON_ERROR:
+
+help:  ## show this
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r goal text; do \
+		printf '%-18s %s\n' "$$goal" "$$text"; done
+
+venv: $(VENV)/.installed-dev  ## make .venv with everything for developing (PYTHON=python3.12 chooses another Python)
+
+demo: $(VENV)/.installed-demo  ## explore, train, interrupt, resume, compare (about a minute after the install)
+	@$(PY) demo/demo.py
+
+test: $(VENV)/.installed-dev  ## all tests but the slow ones below
+	$(PY) -m pytest -m 'not faults and not wheel and not gpu'
+
+faults: $(VENV)/.installed-dev  ## the longer fault suite: real processes killed at chosen moments
+	$(PY) -m pytest -m faults
+
+wheel-test: $(VENV)/.installed-dev  ## build the wheel and use it in an empty venv
+	$(PY) -m pytest -m wheel
+
+check: $(VENV)/.installed-dev  ## lint, format, types, layers
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+
+clean:  ## remove caches, build results and demo-output; .venv and experiments/ stay
+	rm -rf build dist demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "grd needs Python 3.11 or newer, and $(PYTHON) is" \
+			"$$($(PYTHON) --version 2>/dev/null || echo not there); try: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
+		exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+		rm -rf $(VENV); echo "$(PYTHON) cannot make a venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.installed-demo: $(VENV)/.made $(SOURCES)
+	@echo "Installing grd, torch and scikit-learn into $(VENV): some minutes the first time"
+	@$(PIP_INSTALL) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.made $(SOURCES)
+	@echo "Installing grd, torch, scikit-learn and the development tools into $(VENV): some minutes the first time"
+	@$(PIP_INSTALL) -e '.[demo,dev]'
+	@touch $(VENV)/.installed-demo $@
