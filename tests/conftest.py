@@ -177,6 +177,13 @@ class Project:
         return found
 
 
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """As in a terminal: a shell starts background jobs, and CI its scripts, with SIGINT ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Iterator[Project]:
     """A project folder with settings and state of its own; nothing of it may survive the test."""
