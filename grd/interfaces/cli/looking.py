@@ -35,6 +35,11 @@ def status(run: str | None, runs_dir: str | None, as_json: bool) -> None:
     folder = runs.runs_folder(runs_dir)
     if run is not None:
         shown = runs.status_of(find_run(folder, run))
+        if shown["schema"] != contract.SCHEMA_RUN:
+            message = (
+                f"{shown['run_id']} was written by a newer grd ({shown['schema']}); not all of it is shown"
+            )
+            click.echo(f"grd: {message}", err=True)
         if as_json:
             print_json(shown)
         else:
