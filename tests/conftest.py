@@ -117,7 +117,9 @@ class Project:
 
     def run_folders(self) -> list[Path]:
         """All run folders, oldest first; staging folders would be a bug and are listed too."""
-        return sorted(self.runs_dir.iterdir()) if self.runs_dir.is_dir() else []
+        if not self.runs_dir.is_dir():
+            return []
+        return sorted(path for path in self.runs_dir.iterdir() if path.is_dir() and path.name != ".keys")
 
     def only_run(self) -> Path:
         """The folder of the only run."""

@@ -79,6 +79,11 @@ def test_looking_at_a_run_costs_no_heavy_package(project: Project) -> None:
         ["list"],
         ["logs", "last"],
         ["result", "last", "--json"],
+        ["wait", "last"],
+        ["events", "last"],
+        ["stop", "last"],
+        ["gc", "--dry-run"],
+        ["config", "show"],
     ):
         assert loaded_by(in_process(arguments), project.path) == set(), arguments
 

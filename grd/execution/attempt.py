@@ -162,6 +162,7 @@ def _execute(
         all_cells_ran=client.ran_all,
         stop_reason=stopper.reason,
         killed=stopper.killed,
+        killed_at_once=stopper.killed_at_once,
         cell_error=_cell_error(client),
         kernel_returncode=client.popen.poll() if client.popen is not None else None,
         stopped_in_cell=client.current_cell,

@@ -37,6 +37,7 @@ class Seen:
     all_cells_ran: bool
     stop_reason: str | None = None
     killed: bool = False
+    killed_at_once: bool = False
     cell_error: CellError | None = None
     cell_timeout: str | None = None
     kernel_returncode: int | None = None
@@ -113,6 +114,8 @@ def _judge_cell_error(error: CellError, *, last: bool) -> Outcome:
 
 
 def _stop_detail(seen: Seen) -> str | None:
+    if seen.killed_at_once:
+        return "the kernel was killed at once, as asked; what was not saved by then is lost"
     if seen.killed:
         return "the grace period ran out and the kernel was killed; what was not saved by then is lost"
     if seen.cell_error is not None and seen.cell_error.name not in _INTERRUPTIONS:

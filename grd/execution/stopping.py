@@ -79,10 +79,17 @@ class StopRecord:
     requested_at: float
     actions: list[dict[str, Any]] = field(default_factory=list)
     killed: bool = False
+    at_once: bool = False
+    """Somebody asked for the kill itself; the grace did not run out."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return {"reason": self.reason, "actions": self.actions, "killed": self.killed}
+        return {
+            "reason": self.reason,
+            "actions": self.actions,
+            "killed": self.killed,
+            "at_once": self.at_once,
+        }
 
 
 @dataclass(frozen=True)
@@ -146,8 +153,13 @@ class Stopper:
         return self._pending[0] if self._pending else None
 
     @property
+    def killed_at_once(self) -> bool:
+        """Whether the kill was asked for."""
+        return self.record is not None and self.record.at_once
+
+    @property
     def killed(self) -> bool:
-        """Whether the grace ran out and the tree was killed."""
+        """Whether the tree was killed in a cell: the grace ran out, or the kill was asked for."""
         return self.record is not None and self.record.killed
 
     def start(self) -> None:
@@ -262,7 +274,8 @@ class Stopper:
             self._kernel = None
             # A kernel that is slow to exit after its last cell has lost nothing.
             record.killed = not self._cells_over
-            self._tell(3, "kill")
+            record.at_once = record.killed and self._at_once
+            self._tell(3, "kill at once" if self._at_once else "kill")
             kernel.kill()
 
     def _tell(self, stage: int, action: str) -> None:

@@ -49,7 +49,9 @@ class CheckpointHandler:
         keep_bytes: int | str | None = None,
         install_signal_handlers: bool = True,
         resume: bool | None = None,
+        report_events: bool = True,
     ) -> None:
+        self.report_events = report_events
         self.checkpoint_dir = Path(checkpoint_dir)
         self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
         self.total_epochs = total_epochs
@@ -112,14 +114,15 @@ class CheckpointHandler:
         started = time.monotonic()
         with _lock, interruption.saving():
             path, size = self._write(version_name(epoch, step), payload, epoch, step, total, allow_pickle)
-        emit(
-            contract.EVENT_CHECKPOINT,
-            epoch=payload["epoch"],
-            step=step,
-            path=str(path.absolute()),
-            bytes=size,
-            seconds=round(time.monotonic() - started, 6),
-        )
+        if self.report_events:
+            emit(
+                contract.EVENT_CHECKPOINT,
+                epoch=payload["epoch"],
+                step=step,
+                path=str(path.absolute()),
+                bytes=size,
+                seconds=round(time.monotonic() - started, 6),
+            )
         return path
 
     def _write(

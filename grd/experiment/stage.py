@@ -44,7 +44,7 @@ class Stage:
         key = _key(function, self._depends_on)
         handler = None
         if self._folder is not None:
-            handler = CheckpointHandler(self._folder, install_signal_handlers=False)
+            handler = CheckpointHandler(self._folder, install_signal_handlers=False, report_events=False)
             stored = self._stored(handler, key) if self._resume else None
             if stored is not None:
                 rng.restore(stored["rng"])

@@ -388,7 +388,7 @@ def _check_resumable(record: RunRecord, changes: Mapping[str, Any]) -> None:
         cap = format_duration(float(record.budget["seconds"]))
         flag = "--timeout 1h" if cause == contract.APPROVAL_REQUIRED else f"--budget {_more(record)}"
         raise ApprovalRequired(
-            f"the {cap} agreed for all attempts of {record.run_id} are used up; "
+            f"the {cap} for all attempts of {record.run_id} are used up; "
             f"agree to more: grd resume {record.run_id} {flag}"
         )
 

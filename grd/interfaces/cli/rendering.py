@@ -59,7 +59,8 @@ class ProgressPrinter:
         elif kind == contract.EVENT_STOP and event.get("stage") == 0:
             self._line(f"stopping: {event.get('reason')}")
         elif kind == contract.EVENT_STOP and event.get("stage") == 3:
-            self._line("the grace period is over: killing")
+            at_once = event.get("action") == "kill at once"
+            self._line("killing at once, as asked" if at_once else "the grace period is over: killing")
 
     def _progress(self, event: dict[str, Any]) -> None:
         n, total = format_count(event.get("n")), event.get("total")
