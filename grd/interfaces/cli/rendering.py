@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from datetime import datetime
@@ -16,11 +15,6 @@ from grd.settings import format_duration
 
 PLAIN_SECONDS = 10.0
 """In a pipe, progress inside an epoch is said at most this often."""
-
-
-def print_json(value: Any) -> None:
-    """One JSON object on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str))
 
 
 def say(text: str) -> None:
