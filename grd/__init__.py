@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "GrdError": "grd.errors",
     "Run": "grd.steps.run",
+    "aresearch": "grd.steps.awaiting",
+    "aresume": "grd.steps.awaiting",
     "explore": "grd.steps.explorer",
     "list_runs": "grd.steps.run",
     "research": "grd.steps.researcher",
@@ -17,10 +19,22 @@ _PUBLIC = {
     "status": "grd.steps.run",
 }
 
-__all__ = ["GrdError", "Run", "__version__", "explore", "list_runs", "research", "resume", "status"]
+__all__ = [
+    "GrdError",
+    "Run",
+    "__version__",
+    "aresearch",
+    "aresume",
+    "explore",
+    "list_runs",
+    "research",
+    "resume",
+    "status",
+]
 
 if TYPE_CHECKING:
     from grd.errors import GrdError
+    from grd.steps.awaiting import aresearch, aresume
     from grd.steps.explorer import explore
     from grd.steps.researcher import research, resume
     from grd.steps.run import Run, list_runs, status
@@ -37,3 +51,18 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """What ``%load_ext grd`` calls: the line magic ``%grd``."""
+    _magics().load(shell)
+
+
+def unload_ipython_extension(shell: Any) -> None:
+    """What ``%unload_ext grd`` calls."""
+    _magics().unload(shell)
+
+
+def _magics() -> Any:
+    # By name: the layers below import this package, and must not be seen to import an interface with it.
+    return importlib.import_module("grd.interfaces.magics")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from grd.interfaces.cli.rendering import print_json
+from grd.interfaces.cli.answer import Answer
 from grd.settings import find_project_root, load_settings, state_dir, user_config_file
 
 
@@ -19,25 +19,21 @@ def config() -> None:
 @config.command()
 @click.option("--origin", is_flag=True, help="Say where each value comes from.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def show(origin: bool, as_json: bool) -> None:
+def show(origin: bool, as_json: bool) -> Answer:
     """Show every setting (times in seconds, sizes in bytes)."""
     root = find_project_root(Path.cwd())
     settings, origins = load_settings(root)
     values = asdict(settings)
-    if as_json:
-        print_json(
-            {
-                "schema": "grd.config/1",
-                "project_root": str(root),
-                "user_file": str(user_config_file()),
-                "state_dir": str(state_dir()),
-                "settings": {
-                    name: {"value": value, "origin": origins[name]} for name, value in values.items()
-                },
-            }
-        )
-        return
+    document = {
+        "schema": "grd.config/1",
+        "project_root": str(root),
+        "user_file": str(user_config_file()),
+        "state_dir": str(state_dir()),
+        "settings": {name: {"value": value, "origin": origins[name]} for name, value in values.items()},
+    }
     width = max(map(len, values))
-    for name, value in values.items():
-        where = f"  ({origins[name]})" if origin else ""
-        click.echo(f"{name:<{width}} = {value!r}{where}")
+    lines = [
+        f"{name:<{width}} = {value!r}{f'  ({origins[name]})' if origin else ''}"
+        for name, value in values.items()
+    ]
+    return Answer(document=document, lines=lines, as_json=as_json)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
+
+from grd.interfaces.cli.answer import Answer
 
 
 @click.command()
@@ -15,7 +16,7 @@ import click
     help="Report to write the section into. Default: the project's own, .planning/DATA_REPORT.md.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the profile as JSON (schema grd.explore/1).")
-def explore(report: Path | None, as_json: bool) -> None:
+def explore(report: Path | None, as_json: bool) -> Answer:
     """Profile this machine and write the profile into the report.
 
     The profile is also kept as hardware_profile.json beside the report. What is unknown is null, with the
@@ -24,10 +25,5 @@ def explore(report: Path | None, as_json: bool) -> None:
     from grd.steps import explorer
 
     found = explorer.explore(report, progress=lambda line: click.echo(f"grd: {line}", err=True))
-    if as_json:
-        click.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False, allow_nan=False))
-        return
-    click.echo(f"Report  {found.report_path}")
-    click.echo(f"Profile {found.profile_path}")
-    for line in found.summary():
-        click.echo(line)
+    lines = [f"Report  {found.report_path}", f"Profile {found.profile_path}", *found.summary()]
+    return Answer(document=found.to_dict(), lines=lines, value=found, as_json=as_json)

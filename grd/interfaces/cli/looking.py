@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import click
 
 from grd import contract
+from grd.errors import UsageError
 from grd.files import read_json_lines
-from grd.interfaces.cli.rendering import describe_end, format_number, local_time, print_json
+from grd.interfaces.cli.answer import Answer, surface
+from grd.interfaces.cli.completion import run_argument
+from grd.interfaces.cli.rendering import describe_end, format_number, say
+from grd.interfaces.run_table import RunTable, row
 from grd.runs import handover, recovery
-from grd.runs.folder import find_run
+from grd.runs.folder import RunFolder, find_run
 from grd.runs.model import RunRecord
 from grd.steps import run as runs
 from grd.steps.following import POLL_SECONDS, is_under_way
@@ -24,60 +27,61 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.command()
-@click.argument("run", required=False)
+@run_argument(required=False)
+@click.option("--all", "everything", is_flag=True, help="All runs, also where %grd would show the latest.")
 @_runs_dir
 @_json
-def status(run: str | None, runs_dir: str | None, as_json: bool) -> None:
+def status(run: str | None, everything: bool, runs_dir: str | None, as_json: bool) -> Answer:
     """What RUN is doing; without RUN, what runs, what can be resumed, what failed.
 
-    Each comes with the next command to type.
+    Each comes with the next command to type. In Jupyter, without RUN, it is the run last started there.
     """
+    if run is not None and everything:
+        raise UsageError("name a RUN or give --all, not both")
     folder = runs.runs_folder(runs_dir)
+    started_here = surface().last_run
     if run is not None:
-        shown = runs.status_of(find_run(folder, run))
-        if shown["schema"] != contract.SCHEMA_RUN:
-            message = (
-                f"{shown['run_id']} was written by a newer grd ({shown['schema']}); not all of it is shown"
-            )
-            click.echo(f"grd: {message}", err=True)
-        if as_json:
-            print_json(shown)
-        else:
-            click.echo("\n".join(describe_end(shown)))
-        return
+        return _one(find_run(folder, run), as_json)
+    if started_here is not None and not everything and RunFolder(started_here).record.exists():
+        return _one(RunFolder(started_here), as_json)
     entries = [record for _, record in recovery.all_current(folder)]
     found = handover.overview(entries)
-    if as_json:
-        print_json(
-            {
-                "schema": "grd.status/1",
-                "runs_dir": str(folder),
-                "running": [_row(record) for record in found.running],
-                "resumable": [_row(record) for record in found.resumable],
-                "failed": [_row(record) for record in found.failed],
-                "completed": found.completed,
-            }
-        )
-        return
+    document = {
+        "schema": "grd.status/1",
+        "runs_dir": str(folder),
+        "running": [row(record) for record in found.running],
+        "resumable": [row(record) for record in found.resumable],
+        "failed": [row(record) for record in found.failed],
+        "completed": found.completed,
+    }
     if not entries:
-        click.echo(f"no runs in {folder} yet; start one: grd research NOTEBOOK")
-        return
-    _section("Running", found.running)
-    _section("Can be resumed", found.resumable)
-    _section("Failed", found.failed)
-    click.echo(f"{found.completed} completed; see: grd list")
+        lines = [f"no runs in {folder} yet; start one: grd research NOTEBOOK"]
+    else:
+        lines = [
+            *_section("Running", found.running),
+            *_section("Can be resumed", found.resumable),
+            *_section("Failed", found.failed),
+            f"{found.completed} completed; see: grd list",
+        ]
+    return Answer(document=document, lines=lines, as_json=as_json)
 
 
-def _section(title: str, records: Sequence[RunRecord]) -> None:
-    if not records:
-        return
-    click.echo(f"{title}:")
+def _one(folder: RunFolder, as_json: bool) -> Answer:
+    shown = runs.status_of(folder)
+    if shown["schema"] != contract.SCHEMA_RUN:
+        say(f"{shown['run_id']} was written by a newer grd ({shown['schema']}); not all of it is shown")
+    return Answer(document=shown, lines=describe_end(shown), value=runs.Run(folder), as_json=as_json)
+
+
+def _section(title: str, records: Sequence[RunRecord]) -> list[str]:
+    lines = [f"{title}:"] if records else []
     for record in records:
         because = f" ({record.cause})" if record.cause else ""
-        click.echo(f"  {record.run_id}  {record.state}{because}")
+        lines.append(f"  {record.run_id}  {record.state}{because}")
         if record.detail:
-            click.echo(f"      {record.detail}")
-        click.echo(f"      next: {handover.next_command(record)}")
+            lines.append(f"      {record.detail}")
+        lines.append(f"      next: {handover.next_command(record)}")
+    return lines
 
 
 @click.command("list")
@@ -85,54 +89,27 @@ def _section(title: str, records: Sequence[RunRecord]) -> None:
 @click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="At most so many.")
 @_runs_dir
 @_json
-def list_runs(state: str | None, limit: int, runs_dir: str | None, as_json: bool) -> None:
+def list_runs(state: str | None, limit: int, runs_dir: str | None, as_json: bool) -> Answer:
     """This project's runs, newest first."""
     folder = runs.runs_folder(runs_dir)
-    entries = [r for _, r in recovery.all_current(folder) if state is None or r.state == state]
-    if as_json:
-        shown = [_row(record) for record in entries[:limit]]
-        print_json({"schema": "grd.list/1", "runs_dir": str(folder), "total": len(entries), "runs": shown})
-        return
-    if not entries:
-        click.echo(f"no runs in {folder}; start one: grd research NOTEBOOK")
-        return
-    width = max(len(record.run_id) for record in entries[:limit])
-    click.echo(f"{'RUN':<{width}}  {'STATE':<11}  {'CAUSE':<17}  {'STARTED':<19}  METRICS")
-    for record in entries[:limit]:
-        metrics = " ".join(f"{name}={format_number(value)}" for name, value in record.metrics.items())
-        started = local_time(record.started_at)
-        state = f"{record.state:<11}  {record.cause or '-':<17}"
-        click.echo(f"{record.run_id:<{width}}  {state}  {started:<19}  {metrics}".rstrip())
-    if len(entries) > limit:
-        click.echo(f"... {len(entries) - limit} more; --limit shows them")
-
-
-def _row(record: RunRecord) -> dict[str, Any]:
-    names = (
-        "run_id",
-        "state",
-        "cause",
-        "detail",
-        "resumable",
-        "attempt",
-        "created_at",
-        "started_at",
-        "ended_at",
-    )
-    more = ("parameters", "metrics", "progress", "checkpoint", "resume_command", "folder")
-    return {name: getattr(record, name) for name in (*names, *more)}
+    entries = [entry for entry in recovery.all_current(folder) if state is None or entry[1].state == state]
+    table = RunTable(entries[:limit], runs_dir=folder, total=len(entries))
+    return Answer(document=table.to_dict(), lines=table.lines(), value=table, as_json=as_json)
 
 
 @click.command()
-@click.argument("run")
+@run_argument()
 @click.option("--tail", type=click.IntRange(0), metavar="N", help="Only the last N lines.")
 @click.option(
     "-f", "--follow", "following", is_flag=True, help="Go on with what is printed until the run ends."
 )
 @click.option("--runner", is_flag=True, help="What runner and kernel process said, rather than the cells.")
 @_runs_dir
-def logs(run: str, tail: int | None, following: bool, runner: bool, runs_dir: str | None) -> None:
-    """What the cells of RUN printed, errors included; complete also while it runs."""
+def logs(run: str, tail: int | None, following: bool, runner: bool, runs_dir: str | None) -> Answer:
+    """What the cells of RUN printed, errors included; complete also while it runs.
+
+    Their text as it is, so there is no --json; for JSON lines see: grd events.
+    """
     folder = find_run(runs.runs_folder(runs_dir), run)
     attempt = folder.attempt(recovery.current_record(folder).attempt)
     if runner:
@@ -142,19 +119,20 @@ def logs(run: str, tail: int | None, following: bool, runner: bool, runs_dir: st
     first = next(parts, None)
     if first is None:
         click.echo(f"grd: attempt {attempt.number} has no notebook yet; try --runner", err=True)
-        return
+        return Answer()
     lines = first.splitlines(keepends=True)
     click.echo("".join(lines if tail is None else lines[len(lines) - min(tail, len(lines)) :]), nl=False)
     for part in parts:
         click.echo(part, nl=False)
+    return Answer()
 
 
 @click.command()
-@click.argument("run")
+@run_argument()
 @click.option("--since", type=click.IntRange(0), default=0, metavar="OFFSET", help="Only what came after it.")
 @click.option("-f", "--follow", "following", is_flag=True, help="Go on until the run ends.")
 @_runs_dir
-def events(run: str, since: int, following: bool, runs_dir: str | None) -> None:
+def events(run: str, since: int, following: bool, runs_dir: str | None) -> Answer:
     """The events of RUN as JSON lines. The "offset" of the last one is the --since of the next call."""
     folder = find_run(runs.runs_folder(runs_dir), run)
     position = since
@@ -164,27 +142,24 @@ def events(run: str, since: int, following: bool, runs_dir: str | None) -> None:
             click.echo(json.dumps({**event, "offset": offset}, ensure_ascii=False))
             position = offset
         if not under_way:
-            return
+            return Answer()
         time.sleep(POLL_SECONDS)
 
 
 @click.command()
-@click.argument("run")
+@run_argument()
 @_runs_dir
 @_json
-def result(run: str, runs_dir: str | None, as_json: bool) -> None:
+def result(run: str, runs_dir: str | None, as_json: bool) -> Answer:
     """Metrics of RUN and where its notebook, checkpoints and record lie."""
     shown = runs.result_of(find_run(runs.runs_folder(runs_dir), run))
-    if as_json:
-        print_json(shown)
-        return
     because = f" ({shown['cause']})" if shown["cause"] else ""
-    click.echo(f"{shown['run_id']}: {shown['state']}{because}")
-    for name, value in shown["metrics"].items():
-        click.echo(f"  {name:<20} {format_number(value)}")
-    click.echo(f"  {'notebook':<20} {shown['output_notebook']}")
+    lines = [f"{shown['run_id']}: {shown['state']}{because}"]
+    lines += [f"  {name:<20} {format_number(value)}" for name, value in shown["metrics"].items()]
+    lines.append(f"  {'notebook':<20} {shown['output_notebook']}")
     if shown["checkpoint"]:
-        click.echo(f"  {'checkpoint':<20} {shown['checkpoint']['path']}")
-    click.echo(f"  {'folder':<20} {shown['folder']}")
+        lines.append(f"  {'checkpoint':<20} {shown['checkpoint']['path']}")
+    lines.append(f"  {'folder':<20} {shown['folder']}")
     if shown["resume_command"]:
-        click.echo(f"  {'next':<20} {shown['resume_command']}")
+        lines.append(f"  {'next':<20} {shown['resume_command']}")
+    return Answer(document=shown, lines=lines, as_json=as_json)

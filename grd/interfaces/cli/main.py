@@ -7,10 +7,12 @@ import os
 import sys
 
 import click
+from click.shell_completion import CompletionItem
 
 import grd
 from grd.errors import GrdError
 from grd.interfaces.cli import exit_codes
+from grd.interfaces.cli.answer import Answer, Surface, surface
 
 _COMMANDS = {
     "explore": ("grd.interfaces.cli.explore", "explore", "Profile this machine into the report."),
@@ -44,6 +46,15 @@ class LazyGroup(click.Group):
         command: click.Command = getattr(importlib.import_module(module), name)
         return command
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Command names without importing the commands, and the group's own options."""
+        found = [
+            CompletionItem(name, help=text)
+            for name, (_, _, text) in _COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        return [*found, *click.Command.shell_complete(self, ctx, incomplete)]
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
         with formatter.section("Commands"):
@@ -53,7 +64,8 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Name the nearest command for a misspelt one."""
-        if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
+        misspelt = bool(args) and args[0] not in _COMMANDS and not args[0].startswith("-")
+        if misspelt and not ctx.resilient_parsing:
             import difflib
 
             close = difflib.get_close_matches(args[0], _COMMANDS, 1)
@@ -73,7 +85,17 @@ def cli(ctx: click.Context, debug: bool) -> None:
     66 no such run or notebook, 69 resource unavailable, 75 interrupted and resumable, 77 approval required,
     78 bad configuration, 124 `wait` ran out of time and the run goes on.
     """
-    ctx.obj = {"debug": debug}
+    ctx.ensure_object(Surface).debug = debug
+
+
+@cli.result_callback()
+def present(answer: Answer, **options: object) -> Answer:
+    """Print what a command answers and leave with its code, except where the object itself is wanted."""
+    if not surface().prints:
+        return answer
+    if answer.text:
+        click.echo(answer.text)
+    raise click.exceptions.Exit(answer.code)
 
 
 def main(arguments: list[str] | None = None) -> None:

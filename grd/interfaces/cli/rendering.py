@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from datetime import datetime
@@ -20,11 +19,6 @@ PLAIN_SECONDS = 10.0
 
 SILENT_SECONDS = 20.0
 """Four missed heartbeats: the runner lives, but something holds it up."""
-
-
-def print_json(value: Any) -> None:
-    """One JSON object on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str))
 
 
 def say(text: str) -> None:

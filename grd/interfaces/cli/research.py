@@ -12,8 +12,13 @@ from grd import contract
 from grd.errors import GrdError, NotFoundError, UsageError
 from grd.execution.parameters import RawText
 from grd.interfaces.cli import exit_codes
-from grd.interfaces.cli.rendering import ProgressPrinter, describe_end, print_json, say
-from grd.steps.run import Run, list_runs
+from grd.interfaces.cli.answer import Answer, surface
+from grd.interfaces.cli.completion import complete_notebooks, run_argument
+from grd.interfaces.cli.rendering import ProgressPrinter, describe_end, say
+from grd.interfaces.run_table import RunTable
+from grd.runs.folder import RunFolder
+from grd.runs.model import RunRecord
+from grd.steps.run import Run, list_runs, runs_folder
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -60,7 +65,9 @@ def _parameter_options(command: Command) -> Command:
 def _limit_options(command: Command) -> Command:
     for option in (
         click.option(
-            "--wait/--detach", default=True, help="Follow the run to its end (default), or just start it."
+            "--wait/--detach",
+            default=None,
+            help="Follow the run to its end, or just start it. Default: --wait in a shell, --detach in %grd.",
         ),
         click.option("-q", "--quiet", is_flag=True, help="No progress on stderr."),
         click.option(
@@ -83,7 +90,7 @@ def _limit_options(command: Command) -> Command:
 
 
 @click.command()
-@click.argument("notebook")
+@click.argument("notebook", shell_complete=complete_notebooks)
 @_parameter_options
 @_limit_options
 @click.option("--name", metavar="NAME", help="Part of the run id. Default: the notebook's file name.")
@@ -113,22 +120,23 @@ def research(
     runs_dir: str | None,
     as_json: bool,
     quiet: bool,
-    wait: bool,
-) -> None:
+    wait: bool | None,
+) -> Answer:
     """Run NOTEBOOK with a deadline and a checkpoint folder.
 
-      Ctrl-C or SIGTERM asks the run to save and stop (a second one kills it). Exit code: 0 completed,
-      1 the notebook failed, 75 interrupted: the command to go on with is printed.
+    Ctrl-C or SIGTERM asks the run to save and stop (a second one kills it). Exit code: 0 completed,
+    1 the notebook failed, 75 interrupted: the command to go on with is printed.
 
-      \b
-      Examples:
-        grd research train.ipynb
-        grd research train.ipynb -p lr 0.01 -p epochs 40 --timeout 2h
-        grd research train.ipynb --timeout 3h --detach
-    grd research train.ipynb --key nightly --timeout 8m --budget 4h
+    \b
+    Examples:
+      grd research train.ipynb
+      grd research train.ipynb -p lr 0.01 -p epochs 40 --timeout 2h
+      grd research train.ipynb --timeout 3h --detach
+      grd research train.ipynb --key nightly --timeout 8m --budget 4h
     """
     from grd.steps import researcher
 
+    waits = surface().waits if wait is None else wait
     printer = ProgressPrinter(quiet=quiet)
     run = researcher.research(
         notebook,
@@ -143,16 +151,16 @@ def research(
         grace=grace,
         runs_dir=runs_dir,
         allow_unknown=allow_unknown,
-        wait=wait,
-        on_start=lambda started: _announce(started, quiet),
+        wait=waits,
+        on_start=lambda started: _announce(started, quiet, waits),
         on_event=printer,
         on_note=say,
     )
-    _finish(run, printer, as_json, wait)
+    return _finish(run, printer, as_json, waits)
 
 
 @click.command()
-@click.argument("run", required=False)
+@run_argument(required=False)
 @click.option(
     "--all-interrupted", is_flag=True, help="Every interrupted run of the project, one after another."
 )
@@ -178,8 +186,8 @@ def resume(
     runs_dir: str | None,
     as_json: bool,
     quiet: bool,
-    wait: bool,
-) -> None:
+    wait: bool | None,
+) -> Answer:
     """Go on with RUN (an id, a unique part of one, or "last") from its last good checkpoint.
 
     Takes interrupted and failed runs; completed ones if something changed. Every change is recorded.
@@ -197,6 +205,7 @@ def resume(
     if all_interrupted and (notebook is not None or from_epoch is not None):
         raise UsageError("--notebook and --from go with one RUN, not with --all-interrupted")
     parameters = gather(pairs, raws, yamls, files)
+    waits = surface().waits if wait is None else wait
 
     def resume_one(which: str | Run, printer: ProgressPrinter) -> Run:
         return researcher.resume(
@@ -209,16 +218,16 @@ def resume(
             grace=grace,
             runs_dir=runs_dir,
             allow_unknown=allow_unknown,
-            wait=wait,
-            on_start=lambda started: _announce(started, quiet),
+            wait=waits,
+            on_start=lambda started: _announce(started, quiet, waits),
             on_event=printer,
             on_note=say,
         )
 
     if run is not None:
         printer = ProgressPrinter(quiet=quiet)
-        _finish(resume_one(run, printer), printer, as_json, wait)
-    _resume_all(resume_one, runs_dir, as_json, quiet, wait)
+        return _finish(resume_one(run, printer), printer, as_json, waits)
+    return _resume_all(resume_one, runs_dir, as_json, quiet, waits)
 
 
 def _resume_all(
@@ -226,29 +235,34 @@ def _resume_all(
     runs_dir: str | None,
     as_json: bool,
     quiet: bool,
-    wait: bool,
-) -> None:
+    waited: bool,
+) -> Answer:
     """Oldest first; one that cannot be resumed is said and does not hold up the others."""
     shown, codes = [], [exit_codes.OK]
+    resumed: list[tuple[RunFolder, RunRecord]] = []
     for interrupted in reversed(list_runs(runs_dir=runs_dir, state=contract.INTERRUPTED)):
         printer = ProgressPrinter(quiet=quiet)
         try:
-            ended = resume_one(interrupted, printer).to_dict()
+            run = resume_one(interrupted, printer)
         except GrdError as error:
             say(f"{interrupted.id}: {error}")
             codes.append(exit_codes.of_error(error))
             continue
         printer.close()
+        ended = run.to_dict()
         shown.append(ended)
-        if wait:
+        resumed.append((run.run_folder, run.record))
+        if waited:
             codes.append(exit_codes.of_run(ended["state"], ended["cause"]))
-        if not as_json:
+        if surface().prints and not as_json:
             click.echo("\n".join(describe_end(ended)))
-    if as_json:
-        print_json({"schema": "grd.resume-all/1", "runs": shown})
-    elif not shown:
-        click.echo("no interrupted run; see: grd status")
-    raise click.exceptions.Exit(exit_codes.worst(codes))
+    return Answer(
+        document={"schema": "grd.resume-all/1", "runs": shown},
+        lines=[] if shown else ["no interrupted run; see: grd status"],
+        value=RunTable(resumed, runs_dir=runs_folder(runs_dir)) if resumed else None,
+        as_json=as_json,
+        code=exit_codes.worst(codes),
+    )
 
 
 def gather(
@@ -288,19 +302,22 @@ def _mapping(text: str, origin: str) -> dict[str, Any]:
     return value
 
 
-def _announce(run: Run, quiet: bool) -> None:
-    if not quiet:
+def _announce(run: Run, quiet: bool, waits: bool) -> None:
+    here = surface()
+    here.last_run = run.folder
+    if not quiet and (here.prints or waits):  # an object that comes at once says the same
         say(f"run {run.id}")
         say(f"folder {run.folder}")
 
 
-def _finish(run: Run, printer: ProgressPrinter, as_json: bool, waited: bool) -> None:
+def _finish(run: Run, printer: ProgressPrinter, as_json: bool, waited: bool) -> Answer:
     printer.close()
     shown = run.to_dict()
-    if as_json:
-        print_json(shown)
-    else:
-        click.echo("\n".join(describe_end(shown)))
     started = not waited and shown["state"] in (contract.QUEUED, contract.RUNNING)
-    code = exit_codes.OK if started else exit_codes.of_run(shown["state"], shown["cause"])
-    raise click.exceptions.Exit(code)
+    return Answer(
+        document=shown,
+        lines=describe_end(shown),
+        value=run,
+        as_json=as_json,
+        code=exit_codes.OK if started else exit_codes.of_run(shown["state"], shown["cause"]),
+    )

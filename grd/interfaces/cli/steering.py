@@ -10,7 +10,9 @@ import click
 from grd import contract
 from grd.errors import UsageError
 from grd.interfaces.cli import exit_codes
-from grd.interfaces.cli.rendering import describe_end, print_json, say
+from grd.interfaces.cli.answer import Answer
+from grd.interfaces.cli.completion import run_argument
+from grd.interfaces.cli.rendering import describe_end, say
 from grd.runs.folder import RunFolder, find_run
 from grd.runs.stop_request import ask_to_stop
 from grd.settings import parse_duration
@@ -26,14 +28,14 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.command()
-@click.argument("names", nargs=-1, required=True, metavar="RUN...")
+@run_argument(many=True)
 @click.option("--now", is_flag=True, help="Kill at once, without time to save.")
 @click.option(
     "--no-wait", is_flag=True, help="Return once the request is left, not when the runs have ended."
 )
 @_runs_dir
 @_json
-def stop(names: tuple[str, ...], now: bool, no_wait: bool, runs_dir: str | None, as_json: bool) -> None:
+def stop(names: tuple[str, ...], now: bool, no_wait: bool, runs_dir: str | None, as_json: bool) -> Answer:
     """Ask each RUN to save and stop; after its grace period it is killed. It can be resumed later."""
     place = runs.runs_folder(runs_dir)
     folders = [find_run(place, name) for name in names]
@@ -49,18 +51,18 @@ def stop(names: tuple[str, ...], now: bool, no_wait: bool, runs_dir: str | None,
             grace = 0.0 if now else float(runs.status_of(folder)["grace"])
             if not _wait_for([folder], grace + SETTLING_SECONDS, any_of=False):
                 say(f"{folder.run_id} is still ending; see: grd status {folder.run_id}")
-    _show(folders, as_json, {"schema": "grd.stop/1"})
+    return _answer([runs.status_of(folder) for folder in folders], as_json, {"schema": "grd.stop/1"})
 
 
 @click.command()
-@click.argument("names", nargs=-1, required=True, metavar="RUN...")
+@run_argument(many=True)
 @click.option("--any", "any_of", is_flag=True, help="Until one of them has ended, rather than all.")
 @click.option("--timeout", metavar="TIME", help="At most so long, such as 540 or 9m; then exit 124.")
 @_runs_dir
 @_json
 def wait(
     names: tuple[str, ...], any_of: bool, timeout: str | None, runs_dir: str | None, as_json: bool
-) -> None:
+) -> Answer:
     """Wait until each RUN has ended.
 
     Exit code: that of the run (of the worst, of several); 124 if the time ran out and a run goes on.
@@ -72,13 +74,14 @@ def wait(
     place = runs.runs_folder(runs_dir)
     folders = [find_run(place, name) for name in names]
     in_time = _wait_for(folders, seconds, any_of=any_of)
-    shown = _show(folders, as_json, {"schema": "grd.wait/1", "timed_out": not in_time})
-    ended = [run for run in shown if run["state"] in contract.ENDED_STATES]
-    if not in_time:
+    shown = [runs.status_of(folder) for folder in folders]
+    if in_time:
+        ended = [run for run in shown if run["state"] in contract.ENDED_STATES]
+        code = exit_codes.worst(exit_codes.of_run(run["state"], run["cause"]) for run in ended)
+    else:
         say("the time is up and the run goes on; type the same command again")
-        raise click.exceptions.Exit(exit_codes.WAIT_TIMEOUT)
-    codes = [exit_codes.of_run(run["state"], run["cause"]) for run in ended]
-    raise click.exceptions.Exit(exit_codes.worst(codes))
+        code = exit_codes.WAIT_TIMEOUT
+    return _answer(shown, as_json, {"schema": "grd.wait/1", "timed_out": not in_time}, code)
 
 
 def _wait_for(folders: list[RunFolder], seconds: float | None, *, any_of: bool) -> bool:
@@ -92,10 +95,8 @@ def _wait_for(folders: list[RunFolder], seconds: float | None, *, any_of: bool) 
         time.sleep(POLL_SECONDS)
 
 
-def _show(folders: list[RunFolder], as_json: bool, head: dict[str, Any]) -> list[dict[str, Any]]:
-    shown = [runs.status_of(folder) for folder in folders]
-    if as_json:
-        print_json({**head, "runs": shown})
-    else:
-        click.echo("\n".join(line for run in shown for line in describe_end(run)))
-    return shown
+def _answer(
+    shown: list[dict[str, Any]], as_json: bool, head: dict[str, Any], code: int = exit_codes.OK
+) -> Answer:
+    lines = [line for run in shown for line in describe_end(run)]
+    return Answer(document={**head, "runs": shown}, lines=lines, as_json=as_json, code=code)

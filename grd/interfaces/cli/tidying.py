@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from grd.interfaces.cli.rendering import print_json
+from grd.interfaces.cli.answer import Answer
+from grd.interfaces.cli.completion import run_argument
 from grd.runs.folder import find_run
 from grd.runs.removal import Removed, collect_garbage, remove_run
 from grd.steps import run as runs
@@ -15,36 +16,34 @@ _dry_run = click.option("--dry-run", is_flag=True, help="Only say what would be 
 
 
 @click.command()
-@click.argument("names", nargs=-1, required=True, metavar="RUN...")
+@run_argument(many=True)
 @_dry_run
 @_runs_dir
 @_json
-def rm(names: tuple[str, ...], dry_run: bool, runs_dir: str | None, as_json: bool) -> None:
+def rm(names: tuple[str, ...], dry_run: bool, runs_dir: str | None, as_json: bool) -> Answer:
     """Delete each RUN with its checkpoints in the run's folder. A run under way is refused: stop it first."""
     place = runs.runs_folder(runs_dir)
     folders = [find_run(place, name) for name in names]
     removed = [remove_run(folder, dry_run=dry_run) for folder in folders]
-    _show("grd.rm/1", removed, dry_run, as_json)
+    return _answer("grd.rm/1", removed, dry_run, as_json)
 
 
 @click.command()
 @_dry_run
 @_runs_dir
 @_json
-def gc(dry_run: bool, runs_dir: str | None, as_json: bool) -> None:
+def gc(dry_run: bool, runs_dir: str | None, as_json: bool) -> Answer:
     """Delete what ended runs no longer need: journals already in their notebooks, checkpoints that a newer
     lineage replaced, dead locks, and starts that never came to be. Checkpoints a resume could use stay."""
-    _show("grd.gc/1", list(collect_garbage(runs.runs_folder(runs_dir), dry_run=dry_run)), dry_run, as_json)
+    removed = list(collect_garbage(runs.runs_folder(runs_dir), dry_run=dry_run))
+    return _answer("grd.gc/1", removed, dry_run, as_json)
 
 
-def _show(schema: str, removed: list[Removed], dry_run: bool, as_json: bool) -> None:
+def _answer(schema: str, removed: list[Removed], dry_run: bool, as_json: bool) -> Answer:
     total = sum(item.bytes for item in removed)
-    if as_json:
-        items = [{"path": str(item.path), "bytes": item.bytes, "what": item.what} for item in removed]
-        print_json({"schema": schema, "dry_run": dry_run, "bytes": total, "removed": items})
-        return
-    for item in removed:
-        click.echo(
-            f"{'would delete' if dry_run else 'deleted'} {item.path} ({item.what}, {item.bytes:,} bytes)"
-        )
-    click.echo(f"{len(removed)} in all, {total:,} bytes" if removed else "nothing to delete")
+    items = [{"path": str(item.path), "bytes": item.bytes, "what": item.what} for item in removed]
+    verb = "would delete" if dry_run else "deleted"
+    lines = [f"{verb} {item.path} ({item.what}, {item.bytes:,} bytes)" for item in removed]
+    lines.append(f"{len(removed)} in all, {total:,} bytes" if removed else "nothing to delete")
+    document = {"schema": schema, "dry_run": dry_run, "bytes": total, "removed": items}
+    return Answer(document=document, lines=lines, as_json=as_json)
