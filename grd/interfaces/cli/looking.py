@@ -11,7 +11,7 @@ import click
 
 from grd import contract
 from grd.files import read_json_lines
-from grd.interfaces.cli.rendering import describe_end, format_number, local_time, print_json
+from grd.interfaces.cli.rendering import describe_end, format_number, local_time, print_json, say
 from grd.runs import handover, recovery
 from grd.runs.folder import find_run
 from grd.runs.model import RunRecord
@@ -34,13 +34,16 @@ def status(run: str | None, runs_dir: str | None, as_json: bool) -> None:
     """
     folder = runs.runs_folder(runs_dir)
     if run is not None:
-        shown = runs.status_of(find_run(folder, run))
+        found_run = find_run(folder, run)
+        _tell_of_other_versions([recovery.current_record(found_run)])
+        shown = runs.status_of(found_run)
         if as_json:
             print_json(shown)
         else:
             click.echo("\n".join(describe_end(shown)))
         return
     entries = [record for _, record in recovery.all_current(folder)]
+    _tell_of_other_versions(entries)
     found = handover.overview(entries)
     if as_json:
         print_json(
@@ -61,6 +64,12 @@ def status(run: str | None, runs_dir: str | None, as_json: bool) -> None:
     _section("Can be resumed", found.resumable)
     _section("Failed", found.failed)
     click.echo(f"{found.completed} completed; see: grd list")
+
+
+def _tell_of_other_versions(records: Sequence[RunRecord]) -> None:
+    for record in records:
+        if record.written_by_another_version is not None:
+            say(record.written_by_another_version)
 
 
 def _section(title: str, records: Sequence[RunRecord]) -> None:
@@ -84,6 +93,7 @@ def list_runs(state: str | None, limit: int, runs_dir: str | None, as_json: bool
     """This project's runs, newest first."""
     folder = runs.runs_folder(runs_dir)
     entries = [r for _, r in recovery.all_current(folder) if state is None or r.state == state]
+    _tell_of_other_versions(entries[:limit])
     if as_json:
         shown = [_row(record) for record in entries[:limit]]
         print_json({"schema": "grd.list/1", "runs_dir": str(folder), "total": len(entries), "runs": shown})

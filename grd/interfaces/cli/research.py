@@ -12,10 +12,11 @@ from grd import contract
 from grd.errors import GrdError, NotFoundError, UsageError
 from grd.execution.parameters import RawText
 from grd.interfaces.cli import exit_codes
-from grd.interfaces.cli.rendering import ProgressPrinter, describe_end, print_json, say
+from grd.interfaces.cli.rendering import ProgressPrinter, describe_end, print_json
 from grd.steps.run import Run, list_runs
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+_NOTHING_TO_RESUME = "no interrupted run could be resumed; see: grd status"
 
 
 def _parameter_options(command: Command) -> Command:
@@ -129,7 +130,7 @@ def research(
     """
     from grd.steps import researcher
 
-    printer = ProgressPrinter(quiet=quiet)
+    printer = ProgressPrinter(quiet=quiet, as_json=as_json)
     run = researcher.research(
         notebook,
         gather(pairs, raws, yamls, files),
@@ -144,9 +145,9 @@ def research(
         runs_dir=runs_dir,
         allow_unknown=allow_unknown,
         wait=wait,
-        on_start=lambda started: _announce(started, quiet),
+        on_start=lambda started: _announce(started, printer, quiet),
         on_event=printer,
-        on_note=say,
+        on_note=printer.say,
     )
     _finish(run, printer, as_json, wait)
 
@@ -198,7 +199,9 @@ def resume(
         raise UsageError("--notebook and --from go with one RUN, not with --all-interrupted")
     parameters = gather(pairs, raws, yamls, files)
 
-    def resume_one(which: str | Run, printer: ProgressPrinter) -> Run:
+    printer = ProgressPrinter(quiet=quiet, as_json=as_json)
+
+    def resume_one(which: str | Run, on_event: Callable[[dict[str, Any]], None]) -> Run:
         return researcher.resume(
             which,
             parameters,
@@ -210,44 +213,40 @@ def resume(
             runs_dir=runs_dir,
             allow_unknown=allow_unknown,
             wait=wait,
-            on_start=lambda started: _announce(started, quiet),
-            on_event=printer,
-            on_note=say,
+            on_start=lambda started: _announce(started, printer, quiet),
+            on_event=on_event,
+            on_note=printer.say,
         )
 
     if run is not None:
-        printer = ProgressPrinter(quiet=quiet)
         _finish(resume_one(run, printer), printer, as_json, wait)
-    _resume_all(resume_one, runs_dir, as_json, quiet, wait)
+    _resume_all(resume_one, printer, runs_dir, as_json, wait)
 
 
 def _resume_all(
-    resume_one: Callable[[str | Run, ProgressPrinter], Run],
+    resume_one: Callable[[str | Run, Callable[[dict[str, Any]], None]], Run],
+    printer: ProgressPrinter,
     runs_dir: str | None,
     as_json: bool,
-    quiet: bool,
     wait: bool,
 ) -> None:
     """Oldest first; one that cannot be resumed is said and does not hold up the others."""
     shown, codes = [], [exit_codes.OK]
     for interrupted in reversed(list_runs(runs_dir=runs_dir, state=contract.INTERRUPTED)):
-        printer = ProgressPrinter(quiet=quiet)
         try:
-            ended = resume_one(interrupted, printer).to_dict()
+            ended = resume_one(interrupted, printer.of(interrupted.id)).to_dict()
         except GrdError as error:
-            say(f"{interrupted.id}: {error}")
+            printer.say(f"{interrupted.id}: {error}")
             codes.append(exit_codes.of_error(error))
             continue
-        printer.close()
         shown.append(ended)
         if wait:
             codes.append(exit_codes.of_run(ended["state"], ended["cause"]))
-        if not as_json:
-            click.echo("\n".join(describe_end(ended)))
+    printer.close()
     if as_json:
         print_json({"schema": "grd.resume-all/1", "runs": shown})
-    elif not shown:
-        click.echo("no interrupted run; see: grd status")
+    else:
+        click.echo("\n".join(line for run in shown for line in describe_end(run)) or _NOTHING_TO_RESUME)
     raise click.exceptions.Exit(exit_codes.worst(codes))
 
 
@@ -288,10 +287,10 @@ def _mapping(text: str, origin: str) -> dict[str, Any]:
     return value
 
 
-def _announce(run: Run, quiet: bool) -> None:
+def _announce(run: Run, printer: ProgressPrinter, quiet: bool) -> None:
     if not quiet:
-        say(f"run {run.id}")
-        say(f"folder {run.folder}")
+        printer.say(f"run {run.id}")
+        printer.say(f"folder {run.folder}")
 
 
 def _finish(run: Run, printer: ProgressPrinter, as_json: bool, waited: bool) -> None:
