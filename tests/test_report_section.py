@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grd.errors import ReportError
-from grd.reports.hardware_section import render_hardware_section, save_hardware_profile_to_report
 from grd.marked_section import check_section, replace_section, section_markers, write_section
+from grd.reports.hardware_section import render_hardware_section, save_hardware_profile_to_report
 
 START, END = (marker.encode() for marker in section_markers("hardware"))
 

@@ -118,7 +118,8 @@ def _closing(bar: Any) -> None:
         return
     _report(bar)
     bar._grd_due = None
-    _open_bars[:] = [ref for ref in _open_bars if ref() not in (None, bar)]
+    # By identity: bars are equal when they stand in the same line of the screen.
+    _open_bars[:] = [ref for ref in _open_bars if (other := ref()) is not None and other is not bar]
 
 
 def _report(bar: Any) -> None:
