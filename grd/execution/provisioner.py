@@ -18,7 +18,7 @@ from grd import contract
 from grd.runs.processes import reap
 
 NAME = "grd-provisioner"
-KERNEL_EXTENSION = "grd.execution.kernel_signals"
+KERNEL_EXTENSIONS = ("grd.execution.kernel_signals", "grd.execution.kernel_progress")
 SHUTDOWN_SECONDS = 10.0
 """Time for a kernel's own exit (atexit handlers, threads) after a notebook's last cell."""
 
@@ -42,7 +42,8 @@ class GrdProvisioner(LocalProvisioner):
         if contract.ENV_MARKER in environment:
             self.marker = f"{contract.ENV_MARKER}={environment[contract.ENV_MARKER]}"
         if is_ipykernel(prepared["cmd"]):
-            prepared["cmd"] = [*prepared["cmd"], "--ext", KERNEL_EXTENSION]
+            extensions = [word for name in KERNEL_EXTENSIONS for word in ("--ext", name)]
+            prepared["cmd"] = [*prepared["cmd"], *extensions]
         return prepared
 
     async def send_signal(self, signum: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -16,6 +17,22 @@ PROGRESS_PERIOD_SECONDS = 0.25
 """Progress events of one name are at least this far apart, except the last one."""
 
 _last_report: dict[str, float] = {}
+_under_way: list[str] = []
+
+
+@contextlib.contextmanager
+def under_way(name: str) -> Iterator[None]:
+    """Until the block ends, other progress counts as part of ``name``, unless it began before."""
+    _under_way.append(name)
+    try:
+        yield
+    finally:
+        _under_way.remove(name)
+
+
+def outermost() -> str | None:
+    """The progress that everything else is part of now, or None."""
+    return _under_way[0] if _under_way else None
 
 
 def report_progress(
@@ -34,14 +51,17 @@ def progress(iterable: Iterable[T], name: str, total: int | None = None) -> Iter
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     n = 0
-    report_progress(name, 0, total, force=True)
+    outer = outermost()
+    more: dict[str, Any] = {} if outer is None else {"within": outer}
+    report_progress(name, 0, total, force=True, **more)
     try:
-        for item in iterable:
-            yield item
-            n += 1
-            report_progress(name, n, total)
+        with under_way(name):
+            for item in iterable:
+                yield item
+                n += 1
+                report_progress(name, n, total, **more)
     finally:
-        report_progress(name, n, total, force=True)
+        report_progress(name, n, total, force=True, **more)
 
 
 def as_number(value: Any) -> float | int | None:

@@ -18,7 +18,7 @@ from grd.experiment.checkpoint_handler import CheckpointHandler
 from grd.experiment.epoch import Epoch, Inside
 from grd.experiment.events import emit, run_id
 from grd.experiment.loader import OrderChanged, Steps, steps_of
-from grd.experiment.reporting import report_progress
+from grd.experiment.reporting import report_progress, under_way
 from grd.experiment.schedule import Every, Schedule
 from grd.experiment.training_state import count_parameters, put_back, take
 from grd.settings import Settings, parse_duration
@@ -75,6 +75,7 @@ class Loop:
         self._arming = contextlib.ExitStack()
         with self._arming:
             self._arming.enter_context(interruption.armed())
+            self._arming.enter_context(under_way("epochs"))
             self._restore()
             self._schedule = Schedule(
                 self.every,
@@ -90,6 +91,7 @@ class Loop:
                 return
             if self.handler is not None and self._first < self.total:
                 checkpoint_file.prepare(self._content(self._first - 1, None), allow_pickle=self.allow_pickle)
+            report_progress("epochs", self._first, self.total, force=True)
             for index in range(self._first, self.total):
                 epoch = Epoch.begin(self, index, self._inside)
                 self._inside = None

@@ -54,6 +54,7 @@ class LiveView:
     cell: dict[str, Any] | None = None
     offset: int = 0
     _started: dict[str, tuple[float, float]] = field(default_factory=dict)
+    _reached: dict[str, float] = field(default_factory=dict)
 
     def take(self, event: dict[str, Any]) -> None:
         """Account for one event; kinds this version does not know are passed over."""
@@ -72,6 +73,7 @@ class LiveView:
             self.warnings.append(str(event.get("message")))
         elif kind == contract.EVENT_STATE and event.get("state") == contract.RUNNING:
             self._started.clear()
+            self._reached.clear()
             self.cell = None
 
     def _take_progress(self, event: dict[str, Any]) -> None:
@@ -81,8 +83,9 @@ class LiveView:
             return
         # Work that a resumed attempt skipped is no speed: the rate counts from what this attempt first said.
         start_n, start_t = self._started.setdefault(name, (float(n), now))
-        if n < start_n:
-            self._started[name] = (float(n), now)
+        if n < self._reached.get(name, n):  # counted from the start again: another loop of this name
+            start_n, start_t = self._started[name] = (float(n), now)
+        self._reached[name] = float(n)
         eta = None
         if isinstance(total, (int, float)) and n > start_n and now > start_t:
             eta = round((total - n) * (now - start_t) / (n - start_n), 1)

@@ -38,6 +38,8 @@ class Attempt:
     cells: dict[str, int] = field(default_factory=dict)
     """Number of code cells by status at the end."""
     oom: str | None = None
+    unknown: dict[str, Any] = field(default_factory=dict)
+    """Fields of another grd's attempt; kept as they are."""
 
 
 @dataclass(kw_only=True)
@@ -91,6 +93,18 @@ class RunRecord:
     folder: str
     grd_version: str = ""
     attempts: list[Attempt] = field(default_factory=list)
+    unknown: dict[str, Any] = field(default_factory=dict)
+    """Fields of another grd's record; kept as they are, and no field of run.json themselves."""
+
+    @property
+    def written_by_another_version(self) -> str | None:
+        """What to say about a record whose schema is not this grd's; None for ours."""
+        if self.schema == contract.SCHEMA_RUN:
+            return None
+        return (
+            f"{self.run_id} was written by another version of grd ({self.schema}, this one knows "
+            f"{contract.SCHEMA_RUN}): shown as far as it is understood"
+        )
 
     @property
     def current(self) -> Attempt:
@@ -99,25 +113,29 @@ class RunRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, in the order of the fields."""
-        return asdict(self)
+        value = asdict(self)
+        value.update(value.pop("unknown"))
+        for attempt in value["attempts"]:
+            attempt.update(attempt.pop("unknown"))
+        return value
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> RunRecord:
-        """The record in ``value``; unknown fields of a newer grd are left out. Raises ConfigurationError."""
+        """The record in ``value``, with the unknown fields of a newer grd. Raises ConfigurationError."""
         schema = str(value.get("schema", ""))
         if not schema.startswith("grd.run/"):
             raise ConfigurationError(f"run.json has schema {schema!r}, which is no grd run")
-        known = {f.name for f in fields(cls)}
-        known_attempt = {f.name for f in fields(Attempt)}
-        kept = {name: item for name, item in value.items() if name in known}
-        kept["attempts"] = [
-            Attempt(**{name: item for name, item in attempt.items() if name in known_attempt})
-            for attempt in value.get("attempts", [])
-        ]
         try:
-            return cls(**kept)
-        except TypeError as error:
+            attempts = [Attempt(**_sorted_out(Attempt, attempt)) for attempt in value.get("attempts", [])]
+            return cls(**{**_sorted_out(cls, value), "attempts": attempts})
+        except (TypeError, AttributeError) as error:
             raise ConfigurationError(f"run.json is incomplete: {error}") from None
+
+
+def _sorted_out(kind: type[Any], value: dict[str, Any]) -> dict[str, Any]:
+    known = {f.name for f in fields(kind)} - {"unknown"}
+    kept = {name: item for name, item in value.items() if name in known}
+    return {**kept, "unknown": {name: item for name, item in value.items() if name not in known}}
 
 
 def seconds_left(record: RunRecord) -> tuple[float, str]:

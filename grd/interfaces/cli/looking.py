@@ -45,6 +45,7 @@ def status(run: str | None, everything: bool, runs_dir: str | None, as_json: boo
     if started_here is not None and not everything and RunFolder(started_here).record.exists():
         return _one(RunFolder(started_here), as_json)
     entries = [record for _, record in recovery.all_current(folder)]
+    _tell_of_other_versions(entries)
     found = handover.overview(entries)
     document = {
         "schema": "grd.status/1",
@@ -68,9 +69,14 @@ def status(run: str | None, everything: bool, runs_dir: str | None, as_json: boo
 
 def _one(folder: RunFolder, as_json: bool) -> Answer:
     shown = runs.status_of(folder)
-    if shown["schema"] != contract.SCHEMA_RUN:
-        say(f"{shown['run_id']} was written by a newer grd ({shown['schema']}); not all of it is shown")
+    _tell_of_other_versions([recovery.current_record(folder)])
     return Answer(document=shown, lines=describe_end(shown), value=runs.Run(folder), as_json=as_json)
+
+
+def _tell_of_other_versions(records: Sequence[RunRecord]) -> None:
+    for record in records:
+        if record.written_by_another_version is not None:
+            say(record.written_by_another_version)
 
 
 def _section(title: str, records: Sequence[RunRecord]) -> list[str]:
@@ -93,6 +99,7 @@ def list_runs(state: str | None, limit: int, runs_dir: str | None, as_json: bool
     """This project's runs, newest first."""
     folder = runs.runs_folder(runs_dir)
     entries = [entry for entry in recovery.all_current(folder) if state is None or entry[1].state == state]
+    _tell_of_other_versions([record for _, record in entries[:limit]])
     table = RunTable(entries[:limit], runs_dir=folder, total=len(entries))
     return Answer(document=table.to_dict(), lines=table.lines(), value=table, as_json=as_json)
 

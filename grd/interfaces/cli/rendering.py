@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import sys
 import time
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, Protocol
 
 import click
 
@@ -26,65 +30,166 @@ def say(text: str) -> None:
     click.echo(f"grd: {text}", err=True)
 
 
-class ProgressPrinter:
-    """Events as lines on stderr: every epoch, checkpoint and state; steps in place on a terminal only."""
+class Display(Protocol):
+    """Where the events of several runs are shown."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self._view = LiveView()
+    def show(self, run_id: str, event: dict[str, Any], view: LiveView, *, news: bool) -> None:
+        """Show one event, already in ``view``; without ``news`` it is the past and only sets the scene."""
+
+    def say(self, text: str) -> None:
+        """Show a message that belongs to no event."""
+
+    def close(self) -> None:
+        """Leave stderr as it was found."""
+
+
+def is_animated(stream: Any, environment: Mapping[str, str]) -> bool:
+    """Whether bars may move on ``stream``: a terminal that can move its cursor. NO_COLOR is about colour."""
+    return bool(stream.isatty()) and environment.get("TERM", "") not in ("dumb", "unknown")
+
+
+class ProgressPrinter:
+    """Events of one or several runs on stderr: bars on a terminal, else lines, or JSON lines with --json."""
+
+    def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
+        self._views: dict[str, LiveView] = {}
         self._quiet = quiet
-        self._live = sys.stderr.isatty() and not quiet
-        self._open_line = False
-        self._last_progress = 0.0
+        self._as_json = as_json
+        self._display: Display | None = None
 
     def __call__(self, event: dict[str, Any]) -> None:
-        """Show one event."""
-        self._view.take(event)
+        """Show one event of the only run."""
+        self._take("", event, news=True)
+
+    def of(self, run_id: str) -> Callable[[dict[str, Any]], None]:
+        """What shows the events of one run among several."""
+        return lambda event: self._take(run_id, event, news=True)
+
+    def catch_up(self, run_id: str, events: Iterable[dict[str, Any]]) -> None:
+        """Take what happened before somebody looked: it moves the bar, and makes no line."""
+        for event in events:
+            self._take(run_id, event, news=False)
+
+    def say(self, text: str) -> None:
+        """A message among the events; said also where progress is not wanted."""
+        if self._quiet:
+            say(text)
+        else:
+            self._shown().say(text)
+
+    def close(self) -> None:
+        """Show no more; the next event would open the display again."""
+        if self._display is not None:
+            self._display.close()
+            self._display = None
+
+    def _take(self, run_id: str, event: dict[str, Any], *, news: bool) -> None:
         if self._quiet:
             return
-        kind = event.get("kind")
-        if kind == contract.EVENT_PROGRESS:
-            self._progress(event)
-        elif kind == contract.EVENT_METRICS:
-            self._line(_metrics_line(event))
-        elif kind == contract.EVENT_RESUME:
-            self._line(f"resumed from the checkpoint of {_position(event)}")
-        elif kind == contract.EVENT_WARNING:
-            self._line(f"warning: {event.get('message')}")
-        elif kind == contract.EVENT_STOP and event.get("stage") == 0:
-            self._line(f"stopping: {event.get('reason')}")
-        elif kind == contract.EVENT_STOP and event.get("stage") == 3:
-            at_once = event.get("action") == "kill at once"
-            self._line("killing at once, as asked" if at_once else "the grace period is over: killing")
+        view = self._views.setdefault(run_id, LiveView())
+        view.take(event)
+        self._shown().show(run_id, event, view, news=news)
 
-    def _progress(self, event: dict[str, Any]) -> None:
-        n, total = format_count(event.get("n")), event.get("total")
-        of = f"/{total}" if total is not None else ""
-        progress = self._view.progress or {}
-        eta = progress.get("eta_seconds")
-        left = f", about {format_duration(eta)} left" if isinstance(eta, (int, float)) and eta > 0 else ""
-        text = f"{event.get('name')} {n}{of}{left}"
-        if self._live:
-            click.echo(f"\r\x1b[2Kgrd: {text}", nl=False, err=True)
-            self._open_line = True
-        elif time.monotonic() - self._last_progress >= PLAIN_SECONDS:
-            self._last_progress = time.monotonic()
-            say(text)
+    def _shown(self) -> Display:
+        if self._display is None:
+            if self._as_json:
+                self._display = EventLines()
+            elif is_animated(sys.stderr, os.environ):
+                from grd.interfaces.cli.progress_bars import ProgressBars  # rich costs 0.1 s
 
-    def _line(self, text: str) -> None:
-        if self._open_line:
-            click.echo("\r\x1b[2K", nl=False, err=True)
-            self._open_line = False
+                self._display = ProgressBars()
+            else:
+                self._display = PlainLines()
+        return self._display
+
+
+class EventLines:
+    """The events as they are, one JSON object a line, with their run."""
+
+    def show(self, run_id: str, event: dict[str, Any], view: LiveView, *, news: bool) -> None:
+        """One line for each new event."""
+        if news:
+            self._line({**({"run_id": run_id} if run_id else {}), **event})
+
+    def say(self, text: str) -> None:
+        """A message is an event of kind ``note``."""
+        self._line({"v": contract.EVENT_VERSION, "t": round(time.time(), 3), "kind": "note", "message": text})
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _line(self, value: dict[str, Any]) -> None:
+        click.echo(json.dumps(value, ensure_ascii=False), err=True)
+
+
+class PlainLines:
+    """Every epoch and every change as a line; what goes on inside an epoch, now and then."""
+
+    def __init__(self) -> None:
+        self._last_progress: dict[str, float] = {}
+
+    def show(self, run_id: str, event: dict[str, Any], view: LiveView, *, news: bool) -> None:
+        """At most one line for each new event."""
+        if not news:
+            return
+        prefix = f"{run_id}: " if run_id else ""
+        if event.get("kind") == contract.EVENT_PROGRESS:
+            now = time.monotonic()
+            if view.progress and now - self._last_progress.get(run_id, -math.inf) >= PLAIN_SECONDS:
+                self._last_progress[run_id] = now
+                say(f"{prefix}{progress_text(view.progress)}")
+            return
+        line = line_of(event)
+        if line is None and run_id and event.get("kind") == contract.EVENT_STATE:
+            line = state_text(event)  # with one run only, the command itself ends with it
+        if line is not None:
+            say(f"{prefix}{line}")
+
+    def say(self, text: str) -> None:
+        """A line."""
         say(text)
 
     def close(self) -> None:
-        """End a line that is still open."""
-        if self._open_line:
-            click.echo("", err=True)
-            self._open_line = False
+        """Nothing is open."""
+
+
+def line_of(event: dict[str, Any]) -> str | None:
+    """What is said about one event; None where nothing needs to be."""
+    kind = event.get("kind")
+    if kind == contract.EVENT_METRICS:
+        return _metrics_line(event)
+    if kind == contract.EVENT_RESUME:
+        return f"resumed from the checkpoint of {_position(event)}"
+    if kind == contract.EVENT_WARNING:
+        return f"warning: {event.get('message')}"
+    if kind == contract.EVENT_STOP and event.get("stage") == 0:
+        return f"stopping: {event.get('reason')}"
+    if kind == contract.EVENT_STOP and event.get("stage") == 3:
+        at_once = event.get("action") == "kill at once"
+        return "killing at once, as asked" if at_once else "the grace period is over: killing"
+    return None
+
+
+def state_text(event: dict[str, Any]) -> str:
+    """The state that an event tells, with its cause."""
+    return f"{event.get('state')} ({event['cause']})" if event.get("cause") else str(event.get("state"))
+
+
+def progress_text(progress: dict[str, Any]) -> str:
+    """``epochs 3/20, about 2m left``."""
+    of = f"/{progress['total']}" if progress.get("total") is not None else ""
+    eta = progress.get("eta_seconds")
+    left = f", about {format_duration(eta)} left" if isinstance(eta, (int, float)) and eta > 0 else ""
+    return f"{progress['name']} {format_count(progress['n'])}{of}{left}"
+
+
+def metrics_text(metrics: dict[str, Any]) -> str:
+    """``loss=0.25 accuracy=0.9``."""
+    return " ".join(f"{name}={format_number(value)}" for name, value in metrics.items())
 
 
 def _metrics_line(event: dict[str, Any]) -> str:
-    values = " ".join(f"{name}={format_number(value)}" for name, value in event.get("values", {}).items())
+    values = metrics_text(event.get("values", {}))
     return f"epoch {event['epoch']}: {values}" if event.get("epoch") is not None else values
 
 
@@ -114,19 +219,16 @@ def describe_end(shown: dict[str, Any]) -> list[str]:
         lines.append(f"  {shown['detail']}")
     progress = shown.get("progress")
     if progress:
-        of = f"/{progress['total']}" if progress.get("total") is not None else ""
-        lines.append(f"  progress    {progress['name']} {format_count(progress['n'])}{of}")
+        going = shown.get("state") == contract.RUNNING
+        text = progress_text(progress if going else {**progress, "eta_seconds": None})
+        lines.append(f"  progress    {text}")
     if shown.get("metrics"):
-        lines.append(
-            "  metrics     " + " ".join(f"{k}={format_number(v)}" for k, v in shown["metrics"].items())
-        )
+        lines.append(f"  metrics     {metrics_text(shown['metrics'])}")
     if shown.get("checkpoint"):
         lines.append(f"  checkpoint  {_position(shown['checkpoint'])}: {shown['checkpoint'].get('path')}")
     lines.append(f"  folder      {shown['folder']}")
     if shown.get("state") == contract.RUNNING and shown.get("runner"):
-        silent = shown.get("heartbeat_seconds") or 0.0
-        hung = f", silent for {format_duration(silent)}: stopped or hung?" if silent > SILENT_SECONDS else ""
-        lines.append(f"  runner      pid {shown['runner']['pid']} on {shown['runner']['host']}{hung}")
+        lines.append(f"  runner      pid {shown['runner']['pid']} on {shown['runner']['host']}")
     if shown.get("resume_command"):
         lines.append(f"  next        {shown['resume_command']}")
     elif shown.get("state") == contract.COMPLETED:

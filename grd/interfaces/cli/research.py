@@ -14,11 +14,13 @@ from grd.execution.parameters import RawText
 from grd.interfaces.cli import exit_codes
 from grd.interfaces.cli.answer import Answer, surface
 from grd.interfaces.cli.completion import complete_notebooks, run_argument
-from grd.interfaces.cli.rendering import ProgressPrinter, describe_end, say
+from grd.interfaces.cli.rendering import ProgressPrinter, describe_end
 from grd.interfaces.run_table import RunTable
 from grd.runs.folder import RunFolder
 from grd.runs.model import RunRecord
 from grd.steps.run import Run, list_runs, runs_folder
+
+_NOTHING_TO_RESUME = "no interrupted run could be resumed; see: grd status"
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -137,7 +139,7 @@ def research(
     from grd.steps import researcher
 
     waits = surface().waits if wait is None else wait
-    printer = ProgressPrinter(quiet=quiet)
+    printer = ProgressPrinter(quiet=quiet, as_json=as_json)
     run = researcher.research(
         notebook,
         gather(pairs, raws, yamls, files),
@@ -152,9 +154,9 @@ def research(
         runs_dir=runs_dir,
         allow_unknown=allow_unknown,
         wait=waits,
-        on_start=lambda started: _announce(started, quiet, waits),
+        on_start=lambda started: _announce(started, printer, quiet, waits),
         on_event=printer,
-        on_note=say,
+        on_note=printer.say,
     )
     return _finish(run, printer, as_json, waits)
 
@@ -207,7 +209,9 @@ def resume(
     parameters = gather(pairs, raws, yamls, files)
     waits = surface().waits if wait is None else wait
 
-    def resume_one(which: str | Run, printer: ProgressPrinter) -> Run:
+    printer = ProgressPrinter(quiet=quiet, as_json=as_json)
+
+    def resume_one(which: str | Run, on_event: Callable[[dict[str, Any]], None]) -> Run:
         return researcher.resume(
             which,
             parameters,
@@ -219,46 +223,42 @@ def resume(
             runs_dir=runs_dir,
             allow_unknown=allow_unknown,
             wait=waits,
-            on_start=lambda started: _announce(started, quiet, waits),
-            on_event=printer,
-            on_note=say,
+            on_start=lambda started: _announce(started, printer, quiet, waits),
+            on_event=on_event,
+            on_note=printer.say,
         )
 
     if run is not None:
-        printer = ProgressPrinter(quiet=quiet)
         return _finish(resume_one(run, printer), printer, as_json, waits)
-    return _resume_all(resume_one, runs_dir, as_json, quiet, waits)
+    return _resume_all(resume_one, printer, runs_dir, as_json, waits)
 
 
 def _resume_all(
-    resume_one: Callable[[str | Run, ProgressPrinter], Run],
+    resume_one: Callable[[str | Run, Callable[[dict[str, Any]], None]], Run],
+    printer: ProgressPrinter,
     runs_dir: str | None,
     as_json: bool,
-    quiet: bool,
     waited: bool,
 ) -> Answer:
     """Oldest first; one that cannot be resumed is said and does not hold up the others."""
     shown, codes = [], [exit_codes.OK]
     resumed: list[tuple[RunFolder, RunRecord]] = []
     for interrupted in reversed(list_runs(runs_dir=runs_dir, state=contract.INTERRUPTED)):
-        printer = ProgressPrinter(quiet=quiet)
         try:
-            run = resume_one(interrupted, printer)
+            run = resume_one(interrupted, printer.of(interrupted.id))
         except GrdError as error:
-            say(f"{interrupted.id}: {error}")
+            printer.say(f"{interrupted.id}: {error}")
             codes.append(exit_codes.of_error(error))
             continue
-        printer.close()
         ended = run.to_dict()
         shown.append(ended)
         resumed.append((run.run_folder, run.record))
         if waited:
             codes.append(exit_codes.of_run(ended["state"], ended["cause"]))
-        if surface().prints and not as_json:
-            click.echo("\n".join(describe_end(ended)))
+    printer.close()
     return Answer(
         document={"schema": "grd.resume-all/1", "runs": shown},
-        lines=[] if shown else ["no interrupted run; see: grd status"],
+        lines=[line for ended in shown for line in describe_end(ended)] or [_NOTHING_TO_RESUME],
         value=RunTable(resumed, runs_dir=runs_folder(runs_dir)) if resumed else None,
         as_json=as_json,
         code=exit_codes.worst(codes),
@@ -302,12 +302,12 @@ def _mapping(text: str, origin: str) -> dict[str, Any]:
     return value
 
 
-def _announce(run: Run, quiet: bool, waits: bool) -> None:
+def _announce(run: Run, printer: ProgressPrinter, quiet: bool, waits: bool) -> None:
     here = surface()
     here.last_run = run.folder
     if not quiet and (here.prints or waits):  # an object that comes at once says the same
-        say(f"run {run.id}")
-        say(f"folder {run.folder}")
+        printer.say(f"run {run.id}")
+        printer.say(f"folder {run.folder}")
 
 
 def _finish(run: Run, printer: ProgressPrinter, as_json: bool, waited: bool) -> Answer:

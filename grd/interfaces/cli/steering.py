@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -12,7 +13,8 @@ from grd.errors import UsageError
 from grd.interfaces.cli import exit_codes
 from grd.interfaces.cli.answer import Answer
 from grd.interfaces.cli.completion import run_argument
-from grd.interfaces.cli.rendering import describe_end, say
+from grd.interfaces.cli.rendering import ProgressPrinter, describe_end, say
+from grd.runs.events import LiveView
 from grd.runs.folder import RunFolder, find_run
 from grd.runs.stop_request import ask_to_stop
 from grd.settings import parse_duration
@@ -58,10 +60,16 @@ def stop(names: tuple[str, ...], now: bool, no_wait: bool, runs_dir: str | None,
 @run_argument(many=True)
 @click.option("--any", "any_of", is_flag=True, help="Until one of them has ended, rather than all.")
 @click.option("--timeout", metavar="TIME", help="At most so long, such as 540 or 9m; then exit 124.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
 @_runs_dir
 @_json
 def wait(
-    names: tuple[str, ...], any_of: bool, timeout: str | None, runs_dir: str | None, as_json: bool
+    names: tuple[str, ...],
+    any_of: bool,
+    timeout: str | None,
+    quiet: bool,
+    runs_dir: str | None,
+    as_json: bool,
 ) -> Answer:
     """Wait until each RUN has ended.
 
@@ -73,7 +81,11 @@ def wait(
         raise UsageError(f"--timeout: {error}") from None
     place = runs.runs_folder(runs_dir)
     folders = [find_run(place, name) for name in names]
-    in_time = _wait_for(folders, seconds, any_of=any_of)
+    printer = ProgressPrinter(quiet=quiet, as_json=as_json)
+    try:
+        in_time = _wait_for(folders, seconds, any_of=any_of, look=_watch(folders, printer))
+    finally:
+        printer.close()
     shown = [runs.status_of(folder) for folder in folders]
     if in_time:
         ended = [run for run in shown if run["state"] in contract.ENDED_STATES]
@@ -84,10 +96,32 @@ def wait(
     return _answer(shown, as_json, {"schema": "grd.wait/1", "timed_out": not in_time}, code)
 
 
-def _wait_for(folders: list[RunFolder], seconds: float | None, *, any_of: bool) -> bool:
+def _watch(folders: list[RunFolder], printer: ProgressPrinter) -> Callable[[], None]:
+    """Shows, whenever it is called, what is new; what came before only moves the bars."""
+    names = {folder: folder.run_id if len(folders) > 1 else "" for folder in folders}
+    views = {folder: LiveView() for folder in folders}
+    for folder, view in views.items():
+        printer.catch_up(names[folder], view.read(folder.events))
+
+    def look() -> None:
+        for folder, view in views.items():
+            for event in view.read(folder.events):
+                printer.of(names[folder])(event)
+
+    return look
+
+
+def _wait_for(
+    folders: list[RunFolder],
+    seconds: float | None,
+    *,
+    any_of: bool,
+    look: Callable[[], None] = lambda: None,
+) -> bool:
     give_up = None if seconds is None else time.monotonic() + seconds
     while True:
         going = [folder for folder in folders if is_under_way(folder)]
+        look()
         if not going or (any_of and len(going) < len(folders)):
             return True
         if give_up is not None and time.monotonic() >= give_up:
