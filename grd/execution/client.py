@@ -17,8 +17,9 @@ from grd.execution.saving import NotebookSaver
 from grd.execution.stopping import Stopper
 from grd.runs import notebook_journal as journal
 
-IOPUB_TIMEOUT_SECONDS = 60
-"""Wait for the rest of a cell's output; papermill's 4 s fails healthy cells that print much."""
+IOPUB_TIMEOUT_SECONDS = 24 * 3600
+"""Wait for the rest of a cell's output: papermill's 4 s fails healthy cells that print much. The deadline and
+the kernel's death end this wait too."""
 
 INTERRUPTED_STATUS = "interrupted"
 INTERRUPTING_ERRORS = ("ExperimentInterrupted", "KeyboardInterrupt")

@@ -195,7 +195,8 @@ class Runner:
                     # papermill takes every error output for a failure, also one that the cell's tag
                     # `raises-exception` expects, and marks the notebook with it.
                     write_ipynb(remove_error_markers(context.notebook), str(self.paths.output))
-                if isinstance(error, OSError):
+                # a cell's own time limit is a TimeoutError, and that is an OSError too
+                if isinstance(error, OSError) and not isinstance(error, TimeoutError):
                     return Outcome(contract.INTERRUPTED, storage_cause(error), f"the notebook: {error}")
         if context.outcome is None:
             raise RuntimeError("the engine ended without an outcome")
