@@ -6,6 +6,7 @@ GRD_TEST_TRAINING_SECONDS and GRD_TEST_CALL_SECONDS set the length of the traini
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -174,7 +175,7 @@ def test_a_detached_run_finishes_where_each_call_loses_its_process_group(project
 
 def _nothing_twice(by_attempt: dict[int, list[int]], *, under_way: int = 0) -> None:
     ends = [epochs for _, epochs in sorted(by_attempt.items())]
-    for before, after in zip(ends, ends[1:], strict=False):
+    for before, after in itertools.pairwise(ends):
         assert 0 <= before[-1] + 1 - after[0] <= under_way, by_attempt
     assert ends[0][0] == 0 and ends[-1][-1] == EPOCHS - 1
     for epochs in ends:

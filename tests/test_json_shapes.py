@@ -24,13 +24,13 @@ def documented(section: str) -> set[str]:
         if item.startswith("`attempts`: each with"):
             names.add("attempts")
             continue
-        names |= set(re.findall(r"`([a-z_]+)`", item)) - set(re.findall(r"`\{[^}]*\}`", item))
+        names |= set(re.findall(r"`([a-z0-9_]+)`", item)) - set(re.findall(r"`\{[^}]*\}`", item))
     return names
 
 
 def documented_of_attempts() -> set[str]:
     text = PAGE.read_text().split("- `attempts`: each with", 1)[1].split("\n\n", 1)[0]
-    return set(re.findall(r"`([a-z_]+)`", text))
+    return set(re.findall(r"`([a-z0-9_]+)`", text))
 
 
 def check(shown: dict[str, Any], schema: str) -> None:
