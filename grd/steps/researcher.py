@@ -120,7 +120,8 @@ def _go_on(
 ) -> Started:
     """What an idempotent call does with the run that has its key."""
     record = recovery.current_record(folder)
-    if request.parameters not in (record.attempts[0].parameters, record.parameters):
+    # The same words again: those of the start, or those that a resume has changed them to.
+    if request.parameters not in (record.parameters, record.attempts[0].parameters):
         raise UsageError(
             f"key {key!r} belongs to {record.run_id}, which has other parameters; take another key, or: "
             f"grd resume {record.run_id} -p NAME VALUE"

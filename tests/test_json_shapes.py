@@ -1,0 +1,82 @@
+"""docs/json.md says what every command's --json prints, no more and no less."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Project
+from test_research import PARAMETERS, TRAIN
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "json.md"
+
+
+def documented(section: str) -> set[str]:
+    """The field names of a section: what is in backticks in its list, outside braces and before a colon."""
+    body = re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)
+    text = next(part for part in body if part.startswith(f"{section}\n"))
+    items = re.findall(r"^- (.*(?:\n  .*)*)", text, flags=re.MULTILINE)
+    names: set[str] = set()
+    for item in items:
+        if item.startswith("`attempts`: each with"):
+            names.add("attempts")
+            continue
+        names |= set(re.findall(r"`([a-z0-9_]+)`", item)) - set(re.findall(r"`\{[^}]*\}`", item))
+    return names
+
+
+def documented_of_attempts() -> set[str]:
+    text = PAGE.read_text().split("- `attempts`: each with", 1)[1].split("\n\n", 1)[0]
+    return set(re.findall(r"`([a-z0-9_]+)`", text))
+
+
+def check(shown: dict[str, Any], schema: str) -> None:
+    assert shown["schema"] == schema
+    assert set(shown) == documented(schema), schema
+
+
+def test_every_command_prints_the_documented_fields(project: Project) -> None:
+    project.notebook("train.ipynb", TRAIN, parameters=PARAMETERS)
+    project.notebook("bad.ipynb", "1 / 0")
+    ended = project.grd("research", "train.ipynb", "--json")
+    check(ended.json, "grd.run/1")
+    assert set(ended.json["attempts"][0]) == documented_of_attempts()
+    assert project.grd("research", "bad.ipynb").code == 1
+    check(project.grd("status", "last", "--json").json, "grd.run/1")
+    overview = project.grd("status", "--json").json
+    check(overview, "grd.status/1")
+    assert set(overview["failed"][0]) == documented("row")
+    listed = project.grd("list", "--json").json
+    check(listed, "grd.list/1")
+    assert {frozenset(row) for row in listed["runs"]} == {frozenset(documented("row"))}
+    run = ended.json["run_id"]
+    for command, schema in (
+        (("wait", run), "grd.wait/1"),
+        (("stop", run), "grd.stop/1"),
+        (("resume", "--all-interrupted"), "grd.resume-all/1"),
+        (("result", run), "grd.result/1"),
+        (("config", "show"), "grd.config/1"),
+        (("gc", "--dry-run"), "grd.gc/1"),
+        (("rm", run), "grd.rm/1"),
+    ):
+        done = project.grd(*command, "--json")
+        check(done.json, schema)
+        for inner in done.json.get("runs", []):
+            assert set(inner) == documented("grd.run/1")
+        for removed in done.json.get("removed", []):
+            assert set(removed) == {"path", "bytes", "what"}
+    for line in [*project.grd("events", "last").out.splitlines(), *ended.err.splitlines()]:
+        event = json.loads(line)
+        wanted = {"v", "t", "kind"} if event["kind"] == "note" else documented("event")
+        assert wanted <= set(event), event
+        assert event["kind"] == "note" or f"`{event['kind']}` (" in PAGE.read_text()
+
+
+def test_explore_prints_the_documented_fields(project: Project) -> None:
+    explored = project.grd("explore", "--json")
+    if explored.code != 0:
+        pytest.fail(explored.err)
+    check(explored.json, "grd.explore/1")
