@@ -33,6 +33,19 @@ def surface() -> Surface:
     return click.get_current_context().find_object(Surface) or Surface()
 
 
+class AnsweringCommand(click.Command):
+    """A command whose `Answer` is printed, with its exit code, except where the object itself is wanted."""
+
+    def invoke(self, ctx: click.Context) -> Answer:
+        """Execute the command. Raises click's Exit where its answer was printed."""
+        answer: Answer = super().invoke(ctx)
+        if not (ctx.find_object(Surface) or Surface()).prints:
+            return answer
+        if answer.text:
+            click.echo(answer.text)
+        raise click.exceptions.Exit(answer.code)
+
+
 class Report(Mapping[str, Any]):
     """An answer that has no class of its own: a mapping that shows itself as the command line would."""
 

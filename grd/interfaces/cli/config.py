@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from grd.interfaces.cli.answer import Answer
+from grd.interfaces.cli.answer import Answer, AnsweringCommand
 from grd.settings import find_project_root, load_settings, state_dir, user_config_file
 
 
@@ -16,7 +16,7 @@ def config() -> None:
     """The settings in force. Precedence: flag > GRD_* > grd.toml > pyproject.toml > user file > default."""
 
 
-@config.command()
+@config.command(cls=AnsweringCommand)
 @click.option("--origin", is_flag=True, help="Say where each value comes from.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(origin: bool, as_json: bool) -> Answer:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from grd.interfaces.cli.answer import Answer
+from grd.interfaces.cli.answer import Answer, AnsweringCommand
 
 
-@click.command()
+@click.command(cls=AnsweringCommand)
 @click.option(
     "--report",
     type=click.Path(path_type=Path),

@@ -11,7 +11,7 @@ import click
 from grd import contract
 from grd.errors import UsageError
 from grd.files import read_json_lines
-from grd.interfaces.cli.answer import Answer, surface
+from grd.interfaces.cli.answer import Answer, AnsweringCommand, surface
 from grd.interfaces.cli.completion import run_argument
 from grd.interfaces.cli.rendering import describe_end, format_number, say
 from grd.interfaces.run_table import RunTable, row
@@ -26,7 +26,7 @@ _runs_dir = click.option("--runs-dir", metavar="DIR", help="Where the runs lie. 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-@click.command()
+@click.command(cls=AnsweringCommand)
 @run_argument(required=False)
 @click.option("--all", "everything", is_flag=True, help="All runs, also where %grd would show the latest.")
 @_runs_dir
@@ -90,7 +90,7 @@ def _section(title: str, records: Sequence[RunRecord]) -> list[str]:
     return lines
 
 
-@click.command("list")
+@click.command("list", cls=AnsweringCommand)
 @click.option("--state", type=click.Choice(contract.STATES), help="Only runs in this state.")
 @click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="At most so many.")
 @_runs_dir
@@ -104,7 +104,7 @@ def list_runs(state: str | None, limit: int, runs_dir: str | None, as_json: bool
     return Answer(document=table.to_dict(), lines=table.lines(), value=table, as_json=as_json)
 
 
-@click.command()
+@click.command(cls=AnsweringCommand)
 @run_argument()
 @click.option("--tail", type=click.IntRange(0), metavar="N", help="Only the last N lines.")
 @click.option(
@@ -134,7 +134,7 @@ def logs(run: str, tail: int | None, following: bool, runner: bool, runs_dir: st
     return Answer()
 
 
-@click.command()
+@click.command(cls=AnsweringCommand)
 @run_argument()
 @click.option("--since", type=click.IntRange(0), default=0, metavar="OFFSET", help="Only what came after it.")
 @click.option("-f", "--follow", "following", is_flag=True, help="Go on until the run ends.")
@@ -153,7 +153,7 @@ def events(run: str, since: int, following: bool, runs_dir: str | None) -> Answe
         time.sleep(POLL_SECONDS)
 
 
-@click.command()
+@click.command(cls=AnsweringCommand)
 @run_argument()
 @_runs_dir
 @_json

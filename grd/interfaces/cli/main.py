@@ -12,7 +12,7 @@ from click.shell_completion import CompletionItem
 import grd
 from grd.errors import GrdError
 from grd.interfaces.cli import exit_codes
-from grd.interfaces.cli.answer import Answer, Surface, surface
+from grd.interfaces.cli.answer import Surface
 
 _COMMANDS = {
     "explore": ("grd.interfaces.cli.explore", "explore", "Profile this machine into the report."),
@@ -86,16 +86,6 @@ def cli(ctx: click.Context, debug: bool) -> None:
     78 bad configuration, 124 `wait` ran out of time and the run goes on.
     """
     ctx.ensure_object(Surface).debug = debug
-
-
-@cli.result_callback()
-def present(answer: Answer, **options: object) -> Answer:
-    """Print what a command answers and leave with its code, except where the object itself is wanted."""
-    if not surface().prints:
-        return answer
-    if answer.text:
-        click.echo(answer.text)
-    raise click.exceptions.Exit(answer.code)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,7 +12,7 @@ from grd import contract
 from grd.errors import GrdError, NotFoundError, UsageError
 from grd.execution.parameters import RawText
 from grd.interfaces.cli import exit_codes
-from grd.interfaces.cli.answer import Answer, surface
+from grd.interfaces.cli.answer import Answer, AnsweringCommand, surface
 from grd.interfaces.cli.completion import complete_notebooks, run_argument
 from grd.interfaces.cli.rendering import ProgressPrinter, describe_end
 from grd.interfaces.run_table import RunTable
@@ -91,7 +91,7 @@ def _limit_options(command: Command) -> Command:
     return command
 
 
-@click.command()
+@click.command(cls=AnsweringCommand)
 @click.argument("notebook", shell_complete=complete_notebooks)
 @_parameter_options
 @_limit_options
@@ -161,7 +161,7 @@ def research(
     return _finish(run, printer, as_json, waits)
 
 
-@click.command()
+@click.command(cls=AnsweringCommand)
 @run_argument(required=False)
 @click.option(
     "--all-interrupted", is_flag=True, help="Every interrupted run of the project, one after another."

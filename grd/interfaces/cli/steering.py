@@ -11,7 +11,7 @@ import click
 from grd import contract
 from grd.errors import UsageError
 from grd.interfaces.cli import exit_codes
-from grd.interfaces.cli.answer import Answer
+from grd.interfaces.cli.answer import Answer, AnsweringCommand
 from grd.interfaces.cli.completion import run_argument
 from grd.interfaces.cli.rendering import ProgressPrinter, describe_end, say
 from grd.runs.events import LiveView
@@ -29,7 +29,7 @@ _runs_dir = click.option("--runs-dir", metavar="DIR", help="Where the runs lie. 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-@click.command()
+@click.command(cls=AnsweringCommand)
 @run_argument(many=True)
 @click.option("--now", is_flag=True, help="Kill at once, without time to save.")
 @click.option(
@@ -56,7 +56,7 @@ def stop(names: tuple[str, ...], now: bool, no_wait: bool, runs_dir: str | None,
     return _answer([runs.status_of(folder) for folder in folders], as_json, {"schema": "grd.stop/1"})
 
 
-@click.command()
+@click.command(cls=AnsweringCommand)
 @run_argument(many=True)
 @click.option("--any", "any_of", is_flag=True, help="Until one of them has ended, rather than all.")
 @click.option("--timeout", metavar="TIME", help="At most so long, such as 540 or 9m; then exit 124.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from grd.interfaces.cli.answer import Answer
+from grd.interfaces.cli.answer import Answer, AnsweringCommand
 from grd.interfaces.cli.completion import run_argument
 from grd.runs.folder import find_run
 from grd.runs.removal import Removed, collect_garbage, remove_run
@@ -15,7 +15,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _dry_run = click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
 
 
-@click.command()
+@click.command(cls=AnsweringCommand)
 @run_argument(many=True)
 @_dry_run
 @_runs_dir
@@ -28,7 +28,7 @@ def rm(names: tuple[str, ...], dry_run: bool, runs_dir: str | None, as_json: boo
     return _answer("grd.rm/1", removed, dry_run, as_json)
 
 
-@click.command()
+@click.command(cls=AnsweringCommand)
 @_dry_run
 @_runs_dir
 @_json
