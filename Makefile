@@ -23,7 +23,7 @@ test: $(VENV)/.installed-dev  ## all tests but the slow ones below
 	$(PY) -m pytest -n 2 --dist loadfile -m 'not faults and not wheel and not gpu'
 
 faults: $(VENV)/.installed-dev  ## the longer fault suite: real processes killed at chosen moments
-	$(PY) -m pytest -n 2 -m faults
+	$(PY) -m pytest -m faults
 
 wheel-test: $(VENV)/.installed-dev  ## build the wheel and use it in an empty venv
 	$(PY) -m pytest -m wheel

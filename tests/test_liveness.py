@@ -121,6 +121,8 @@ def test_a_stopped_runner_is_said_to_be_silent(running: Project) -> None:
     runner = int(running.record()["runner"]["pid"])
     os.kill(runner, signal.SIGSTOP)
     try:
+        stat = Path(f"/proc/{runner}/stat")
+        wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "the runner to stand still")
         long_ago = time.time() - 100
         os.utime(running.only_run() / "runner.heartbeat", (long_ago, long_ago))
         began = time.monotonic()

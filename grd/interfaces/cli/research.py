@@ -243,7 +243,8 @@ def _resume_all(
     """Oldest first; one that cannot be resumed is said and does not hold up the others."""
     shown, codes = [], [exit_codes.OK]
     resumed: list[tuple[RunFolder, RunRecord]] = []
-    for interrupted in reversed(list_runs(runs_dir=runs_dir, state=contract.INTERRUPTED)):
+    found = list_runs(runs_dir=runs_dir, state=contract.INTERRUPTED)
+    for interrupted in sorted(found, key=lambda run: run.record.created_at):
         try:
             run = resume_one(interrupted, printer.of(interrupted.id))
         except GrdError as error:
