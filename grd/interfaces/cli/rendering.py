@@ -228,7 +228,9 @@ def describe_end(shown: dict[str, Any]) -> list[str]:
         lines.append(f"  checkpoint  {_position(shown['checkpoint'])}: {shown['checkpoint'].get('path')}")
     lines.append(f"  folder      {shown['folder']}")
     if shown.get("state") == contract.RUNNING and shown.get("runner"):
-        lines.append(f"  runner      pid {shown['runner']['pid']} on {shown['runner']['host']}")
+        silent = shown.get("heartbeat_seconds") or 0.0
+        hung = f", silent for {format_duration(silent)}: stopped or hung?" if silent > SILENT_SECONDS else ""
+        lines.append(f"  runner      pid {shown['runner']['pid']} on {shown['runner']['host']}{hung}")
     if shown.get("resume_command"):
         lines.append(f"  next        {shown['resume_command']}")
     elif shown.get("state") == contract.COMPLETED:
