@@ -61,13 +61,15 @@ def call(
     known: dict[int, psutil.Process] = {}
     give_up = time.monotonic() + limit
     out = ""
-    while process.poll() is None and time.monotonic() < give_up:
+    ended = False
+    while not ended and time.monotonic() < give_up:
         with contextlib.suppress(psutil.Error):
             for child in psutil.Process(process.pid).children(recursive=True):
                 known.setdefault(child.pid, child)
         with contextlib.suppress(subprocess.TimeoutExpired):
             out, _ = process.communicate(timeout=0.1)
-    code = process.poll()
+            ended = True
+    code = process.returncode if ended else None
     if everything:
         for found in [*known.values(), *project.processes()]:
             with contextlib.suppress(psutil.Error):
