@@ -94,6 +94,7 @@ SCHEMA_RUN: Final = "grd.run/1"
 DEFAULT_TIMEOUT_SECONDS: Final = 600.0
 DEFAULT_GRACE_SECONDS: Final = 30.0
 DEFAULT_START_TIMEOUT_SECONDS: Final = 60.0
+DEFAULT_MAX_OUTPUT_BYTES: Final = 100_000_000
 
 
 def is_resumable(state: str, cause: str | None) -> bool:

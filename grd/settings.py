@@ -90,6 +90,8 @@ class Settings:
     """Time a kernel has to answer after its start."""
     checkpoint_budget: int = 20 * 10**9
     """Checkpoint versions of a run are kept while they fit into this; never fewer than two good ones."""
+    max_output: int = contract.DEFAULT_MAX_OUTPUT_BYTES
+    """Output that a run's notebook keeps: the first half of it and the last, and a note between them."""
     max_lost_work: float = 300.0
     """Training time at risk between two checkpoints, where steps are visible."""
 
@@ -99,6 +101,7 @@ _PARSERS: dict[str, Any] = {
     "grace": parse_duration,
     "start_timeout": parse_duration,
     "checkpoint_budget": parse_size,
+    "max_output": parse_size,
     "max_lost_work": parse_duration,
 }
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillException
@@ -27,11 +27,14 @@ from grd.errors import ConfigurationError
 from grd.execution import local_files
 from grd.execution.client import GrdNotebookClient, ManagedNotebook, journal_beside
 from grd.execution.outcome import CellError, Outcome, Seen, judge, storage_cause
+from grd.execution.output_limit import OutputLimit, readable_size
 from grd.execution.saving import NotebookSaver
 from grd.execution.stopping import KernelHandle, Stopper
 from grd.runs import notebook_journal
 from grd.runs.processes import catches_signal
-from grd.settings import parse_duration
+from grd.settings import parse_duration, parse_size
+
+Number = TypeVar("Number", int, float)
 
 
 class NotebookInterrupted(PapermillException):
@@ -52,6 +55,8 @@ class AttemptContext:
     environment: Mapping[str, str] = field(default_factory=dict)
     on_kernel_pid: Callable[[int | None], None] | None = None
     on_cell: Callable[[int, str, int], object] | None = None
+    on_warning: Callable[[str], object] | None = None
+    max_output: int = contract.DEFAULT_MAX_OUTPUT_BYTES
     outcome: Outcome | None = None
     notebook: Any = None
     """The executed NotebookNode, for a caller that papermill raises past."""
@@ -68,13 +73,14 @@ def execute_for_papermill(
     grd_context: AttemptContext | None = None,
     grd_timeout: float | str | None = None,
     grd_grace: float | str | None = None,
+    grd_max_output: int | str | None = None,
     **kwargs: Any,
 ) -> Any:
     """What papermill calls through the engine. See `GrdEngine`."""
     local_files.install()
     managed = ManagedNotebook(nb, output_path=output_path, progress_bar=progress_bar, log_output=log_output)
     own = grd_context is None
-    context = grd_context or _context_for_papermill(nb, output_path, grd_timeout, grd_grace)
+    context = grd_context or _context_for_papermill(nb, output_path, grd_timeout, grd_grace, grd_max_output)
     if own:
         context.stopper.start()
     try:
@@ -93,11 +99,16 @@ def execute_for_papermill(
 
 
 def _context_for_papermill(
-    nb: Any, output_path: str | None, timeout: float | str | None, grace: float | str | None
+    nb: Any,
+    output_path: str | None,
+    timeout: float | str | None,
+    grace: float | str | None,
+    max_output: int | str | None,
 ) -> AttemptContext:
     metadata = nb.metadata.get("grd", {})
-    deadline = _duration("timeout", timeout, metadata.get("timeout"), os.environ.get("GRD_TIMEOUT"))
-    grace_seconds = _duration("grace", grace, metadata.get("grace"), os.environ.get("GRD_GRACE"))
+    deadline = _first(parse_duration, "timeout", timeout, metadata)
+    grace_seconds = _first(parse_duration, "grace", grace, metadata)
+    output_bytes = _first(parse_size, "max_output", max_output, metadata)
     stop_file = os.environ.get(contract.ENV_STOP_FILE)
     stopper = Stopper(
         deadline=None if deadline is None else time.monotonic() + deadline,
@@ -108,15 +119,23 @@ def _context_for_papermill(
     target = local_files.local_target(output_path)
     journal = journal_beside(target) if target is not None else Path(os.devnull)
     environment = {contract.ENV_MARKER: f"papermill-{os.getpid()}-{secrets.token_hex(4)}"}
-    return AttemptContext(stopper=stopper, journal=journal, environment=environment)
+    return AttemptContext(
+        stopper=stopper,
+        journal=journal,
+        environment=environment,
+        max_output=contract.DEFAULT_MAX_OUTPUT_BYTES if output_bytes is None else output_bytes,
+    )
 
 
-def _duration(name: str, *candidates: Any) -> float | None:
-    for value in candidates:
+def _first(
+    parse: Callable[[Any], Number], name: str, given: Any, metadata: Mapping[str, Any]
+) -> Number | None:
+    """The value given to the call, else in the notebook's metadata, else in GRD_*."""
+    for value in (given, metadata.get(name), os.environ.get(f"GRD_{name.upper()}")):
         if value not in (None, ""):
             try:
-                return parse_duration(value)
-            except (ValueError, TypeError) as error:
+                return parse(value)
+            except (ValueError, TypeError, AttributeError) as error:
                 raise ConfigurationError(f"grd's {name}: {error}") from None
     return None
 
@@ -167,6 +186,7 @@ def _execute(
         kernel_returncode=client.popen.poll() if client.popen is not None else None,
         stopped_in_cell=client.current_cell,
     )
+    _warn_of_missing_output(client, context)
     context.outcome = _finish(managed, saver, seen, stopper)
     if context.outcome.state == contract.INTERRUPTED and not seen.kernel_died:
         return None if not isinstance(error, KeyboardInterrupt) else error
@@ -209,6 +229,7 @@ def _make_client(
     return GrdNotebookClient(
         managed,
         context.stopper,
+        OutputLimit(context.max_output),
         timeout=execution_timeout if execution_timeout else kwargs.get("timeout"),
         startup_timeout=start_timeout,
         kernel_name=kernel_name,
@@ -260,6 +281,19 @@ def _end_processes(client: GrdNotebookClient) -> None:
         client.provisioner.kill_tree()
 
 
+def _warn_of_missing_output(client: GrdNotebookClient, context: AttemptContext) -> None:
+    warnings = []
+    if client.lost_output:
+        warnings.append("the kernel printed faster than it can be read, and dropped a part of its output")
+    if client.limit.left_out:
+        limit = readable_size(context.max_output)
+        warnings.append(f"the notebook keeps the first and the last of {limit} of output: --max-output")
+    for warning in warnings:
+        logger.warning(warning)
+        if context.on_warning is not None:
+            context.on_warning(warning)
+
+
 def _has_ended(client: GrdNotebookClient) -> bool:
     return client.popen is not None and client.popen.poll() is not None
 
@@ -278,6 +312,9 @@ def _finish(managed: ManagedNotebook, saver: NotebookSaver | None, seen: Seen, s
     if outcome.state != contract.COMPLETED and managed.nb.metadata.papermill.get("exception") is None:
         managed.nb.metadata.papermill["exception"] = True
     managed.notebook_complete()
+    for cell in managed.nb.cells:
+        if cell.cell_type == "code":
+            cell.outputs = notebook_journal.without_empty(cell.outputs)
     state = {"state": outcome.state, "cause": outcome.cause, "detail": outcome.detail, "complete": True}
     managed.nb.metadata["grd"].update(state)
     managed.put(

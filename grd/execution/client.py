@@ -5,14 +5,19 @@ Imports papermill at module level; only `attempt` imports this, when a notebook 
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
-from nbclient.exceptions import CellExecutionError
+import zmq
+from jupyter_client.utils import ensure_async
+from nbclient.exceptions import CellExecutionComplete, CellExecutionError
+from nbformat import NotebookNode
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NotebookExecutionManager
 
 from grd.execution import provisioner
+from grd.execution.output_limit import Omission, OutputLimit, output_size
 from grd.execution.saving import NotebookSaver
 from grd.execution.stopping import Stopper
 from grd.runs import notebook_journal as journal
@@ -20,6 +25,9 @@ from grd.runs import notebook_journal as journal
 IOPUB_TIMEOUT_SECONDS = 24 * 3600
 """Wait for the rest of a cell's output: papermill's 4 s fails healthy cells that print much. The deadline and
 the kernel's death end this wait too."""
+
+QUIET_SECONDS = 5.0
+"""After a cell's reply: how long its output may be coming in before the kernel is asked whether it is."""
 
 INTERRUPTED_STATUS = "interrupted"
 INTERRUPTING_ERRORS = ("ExperimentInterrupted", "KeyboardInterrupt")
@@ -86,14 +94,27 @@ class ManagedNotebook(NotebookExecutionManager):
         self.cleanup_pbar()
 
 
+class _RestOfOutput:
+    """What nbclient awaits once it has the cell's reply, and not before."""
+
+    def __init__(self, client: GrdNotebookClient, task: asyncio.Future[Any]) -> None:
+        self._client, self._task = client, task
+
+    def __await__(self) -> Any:
+        return self._client.rest_of_output(self._task).__await__()
+
+
 class GrdNotebookClient(PapermillNotebookClient):
     """Executes the cells; stops between cells once asked, and never starts a cell after that."""
 
-    def __init__(self, managed: ManagedNotebook, stopper: Stopper, **kwargs: Any) -> None:
+    def __init__(self, managed: ManagedNotebook, stopper: Stopper, limit: OutputLimit, **kwargs: Any) -> None:
         kwargs.setdefault("iopub_timeout", IOPUB_TIMEOUT_SECONDS)
         super().__init__(managed, **kwargs)
         self.managed = managed
         self.stopper = stopper
+        self.limit = limit
+        self.lost_output = False
+        self._questions: set[str] = set()
         self.provisioner: Any = None
         self.popen: Any = None
         self.ran_all = False
@@ -108,6 +129,9 @@ class GrdNotebookClient(PapermillNotebookClient):
         named = spec.metadata.get("kernel_provisioner", {}).get("provisioner_name", "local-provisioner")
         if named == "local-provisioner":
             spec.metadata["kernel_provisioner"] = {"provisioner_name": provisioner.NAME, "config": {}}
+        if not provisioner.is_ipykernel(spec.argv):
+            # It drops what waits for us; an IPython kernel waits instead (kernel_outputs).
+            manager.context.setsockopt(zmq.RCVHWM, 0)
         return manager
 
     def start_new_kernel(self, **kwargs: Any) -> None:
@@ -174,6 +198,42 @@ class GrdNotebookClient(PapermillNotebookClient):
                 return
         self.ran_all = True
 
+    async def _async_poll_for_reply(
+        self, msg_id: str, cell: Any, timeout: int | None, rest_of_output: Any, kernel_alive: Any
+    ) -> Any:
+        """The cell's reply, once its output has all come or is known to be lost."""
+        rest = _RestOfOutput(self, rest_of_output)
+        return await super()._async_poll_for_reply(msg_id, cell, timeout, rest, kernel_alive)
+
+    async def _async_poll_output_msg(self, parent_msg_id: str, cell: Any, cell_index: int) -> None:
+        """Read the cell's output until the kernel says that the cell, or a later question, is over."""
+        assert self.kc is not None
+        while True:
+            message = await ensure_async(self.kc.iopub_channel.get_msg(timeout=None))
+            parent = message["parent_header"].get("msg_id")
+            if parent in self._questions and message["content"].get("execution_state") == "idle":
+                self.lost_output = True
+                return
+            if parent == parent_msg_id:
+                try:
+                    self.process_message(message, cell, cell_index)
+                except CellExecutionComplete:
+                    return
+
+    async def rest_of_output(self, task: asyncio.Future[Any]) -> None:
+        """Wait for the end of a cell's output after its reply.
+
+        A kernel that publishes faster than it is read may drop the message that says so. Its channel is in
+        order: when it answers a question asked after the reply, nothing of the cell can come any more.
+        """
+        assert self.kc is not None
+        while True:
+            done, _ = await asyncio.wait([task], timeout=QUIET_SECONDS)
+            if done:
+                await task
+                return
+            self._questions.add(str(await ensure_async(self.kc.kernel_info())))
+
     async def _check_raise_for_error(self, cell: Any, cell_index: int, exec_reply: Any) -> None:
         """A cell that the kernel says it aborted did not complete, whatever nbclient makes of it."""
         await super()._check_raise_for_error(cell, cell_index, exec_reply)
@@ -186,17 +246,38 @@ class GrdNotebookClient(PapermillNotebookClient):
         waited = self.clear_before_next_output
         out = super().output(outs, msg, display_id, cell_index)
         if waited and not self.clear_before_next_output:
-            self.managed.put({"op": journal.CLEAR, "i": cell_index})
-        if out is not None:
-            self.managed.put({"op": journal.OUTPUT, "i": cell_index, "output": out})
+            self._cleared(cell_index)
+        if out is None:
+            return None
+        kept = outs.pop()
+        if kept["output_type"] == "stream":
+            text = self.limit.shortened(kept["text"])
+            if text is not kept["text"]:
+                kept = NotebookNode(kept, text=text)
+        at = journal.append_output(outs, kept)
+        self.managed.put({"op": journal.OUTPUT, "i": cell_index, "output": kept})
+        for omission in self.limit.add(cell_index, at, output_size(kept)):
+            self._leave_out(omission)
         return out
+
+    def _leave_out(self, omission: Omission) -> None:
+        """Empty the place of an output, in the notebook and in the journal."""
+        outputs = self.nb.cells[omission.cell].outputs
+        if omission.at < len(outputs):
+            outputs[omission.at] = NotebookNode(journal.omitted(omission.text))
+        entry = {"op": journal.OMIT, "i": omission.cell, "at": omission.at, "text": omission.text}
+        self.managed.put(entry)
+
+    def _cleared(self, cell_index: int) -> None:
+        self.limit.cleared(cell_index)
+        self.managed.put({"op": journal.CLEAR, "i": cell_index})
 
     def clear_output(self, outs: list[Any], msg: Any, cell_index: int) -> None:
         """Clear a cell's outputs, in the notebook and in the journal."""
         had = len(outs)
         super().clear_output(outs, msg, cell_index)
         if had and not outs:
-            self.managed.put({"op": journal.CLEAR, "i": cell_index})
+            self._cleared(cell_index)
 
     def _update_display_id(self, display_id: str, msg: Any) -> None:
         super()._update_display_id(display_id, msg)

@@ -12,8 +12,9 @@ from typing import Any
 class GrdEngine:
     """papermill engine with a whole-notebook deadline, a grace period, truthful states and atomic saving.
 
-    Keyword arguments beyond papermill's: ``grd_timeout`` and ``grd_grace`` (seconds or ``"30m"``). Without
-    them the notebook's metadata ``grd`` (``timeout``, ``grace``) and then GRD_TIMEOUT, GRD_GRACE count.
+    Keyword arguments beyond papermill's: ``grd_timeout`` and ``grd_grace`` (seconds or ``"30m"``) and
+    ``grd_max_output`` (bytes or ``"100MB"``). Without them the notebook's metadata ``grd`` (``timeout``,
+    ``grace``, ``max_output``) and then GRD_TIMEOUT, GRD_GRACE, GRD_MAX_OUTPUT count.
     """
 
     @classmethod

@@ -18,7 +18,7 @@ from grd import contract
 from grd.runs.processes import reap
 
 NAME = "grd-provisioner"
-KERNEL_EXTENSIONS = ("grd.execution.kernel_signals", "grd.execution.kernel_progress")
+KERNEL_EXTENSIONS = tuple(f"grd.execution.kernel_{part}" for part in ("signals", "outputs", "progress"))
 SHUTDOWN_SECONDS = 10.0
 """Time for a kernel's own exit (atexit handlers, threads) after a notebook's last cell."""
 

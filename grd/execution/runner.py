@@ -167,6 +167,8 @@ class Runner:
             stopper=self.stopper,
             journal=self.paths.journal,
             environment=self._kernel_environment(),
+            max_output=self.record.max_output,
+            on_warning=lambda message: self.events.write(contract.EVENT_WARNING, message=message),
             on_kernel_pid=self._note_kernel,
             on_cell=lambda index, status, of: self.events.write(
                 contract.EVENT_CELL, index=index, status=status, of=of

@@ -26,6 +26,9 @@ FLUSH_SECONDS = 0.25
 SYNC_SECONDS = 1.0
 RETRY_SECONDS = 2.0
 MIN_SNAPSHOT_BYTES = 64_000
+LONG_JOURNAL_BYTES = 32_000_000
+"""A journal longer than this, and than four snapshots, starts again: endless output must not fill a disk."""
+
 _END: dict[str, Any] = {}
 
 
@@ -55,6 +58,8 @@ class NotebookSaver:
         self._since_snapshot = 0
         self._hole_since: float | None = None
         self._lines: JsonLines | None = None
+        self._part = 0
+        self._journal_is_stale = False
         journal.unlink(missing_ok=True)
         self._snapshot()
         self._lines = JsonLines(journal)
@@ -140,12 +145,39 @@ class NotebookSaver:
         if self._hole_since is not None:
             self._hole_since = time.monotonic()
         journal_bytes = self._lines.size() if self._lines is not None else 0
-        self._notebook["metadata"].setdefault("grd", {})["journal_bytes"] = journal_bytes
-        data = notebook_journal.encode(self._notebook)
-        self._write(self._output, data)
+        long = journal_bytes > max(LONG_JOURNAL_BYTES, 4 * self._snapshot_bytes)
+        start_again = long or self._journal_is_stale
+        state = self._notebook["metadata"].setdefault("grd", {})
+        state["journal_bytes"] = 0 if start_again else journal_bytes
+        state["journal_part"] = self._part + start_again
+        try:
+            data = notebook_journal.encode(self._notebook)
+            self._write(self._output, data)
+        except BaseException:
+            state["journal_bytes"], state["journal_part"] = journal_bytes, self._part
+            raise
         self._snapshot_bytes = len(data)
         self._since_snapshot = 0
         self._hole_since = None
+        if start_again:
+            self._restart_journal()
+
+    def _restart_journal(self) -> None:
+        """Replace the journal by an empty one, whose first line says which snapshots it goes with."""
+        assert self._lines is not None
+        self._part += 1
+        self._journal_is_stale = True
+        first = json.dumps({"op": notebook_journal.PART, "part": self._part}).encode() + b"\n"
+        try:
+            atomic_write(self._journal, first)
+            lines = JsonLines(self._journal)
+        except OSError as error:
+            self._hole_since = time.monotonic()  # nothing goes into a journal that no snapshot knows
+            self._trouble(error)
+            return
+        self._lines.close()
+        self._lines = lines
+        self._journal_is_stale = False
 
     def _sync(self) -> None:
         with contextlib.suppress(OSError):

@@ -77,6 +77,8 @@ class RunRecord:
     """seconds (cap on all attempts together, or None), used_seconds, agreed ("typed" or "default")."""
     grace: float = contract.DEFAULT_GRACE_SECONDS
     start_timeout: float = contract.DEFAULT_START_TIMEOUT_SECONDS
+    max_output: int = contract.DEFAULT_MAX_OUTPUT_BYTES
+    """Bytes of output that the notebook of an attempt keeps."""
     checkpointing: dict[str, float] = field(default_factory=dict)
     """Settings the notebook's training loop hears of: max_lost_work (s), checkpoint_budget (bytes)."""
     checkpoint: dict[str, Any] | None = None

@@ -3,7 +3,8 @@
 A snapshot is the whole .ipynb, replaced atomically. The journal has one JSON line for each cell event and
 output. ``metadata.grd.journal_bytes`` of a snapshot says how much of the journal it already holds, so that
 `rebuild` gives the notebook as it was when the last journal line was written. The same `apply` keeps the
-writer's own copy, so what is rebuilt is what was meant.
+writer's own copy, so what is rebuilt is what was meant. A journal that has become long is started again
+after a snapshot; ``journal_part`` of both says whether they belong together.
 
 Everything here is plain JSON values (dicts, lists), no nbformat: recovery runs inside ``grd status``.
 """
@@ -11,6 +12,7 @@ Everything here is plain JSON values (dicts, lists), no nbformat: recovery runs 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,14 @@ CELL = "cell"  # i, metadata (papermill's), execution_count
 OUTPUT = "output"  # i, output
 CLEAR = "clear"  # i
 UPDATE = "update"  # i, at, data, metadata: an earlier display was updated in place
+OMIT = "omit"  # i, at, text: an output was left out; text says so, or is empty where a neighbour says it
 HEADER = "header"  # papermill, grd: metadata of the notebook
 WIDGETS = "widgets"  # widgets, language_info
+PART = "part"  # part: first line of a journal that was started again
+
+MERGED_STREAM_CHARACTERS = 65_536
+"""Neighbouring pieces of stdout or stderr become one output up to this length: a bar that prints 100,000
+times is not 100,000 outputs, and joining stays linear in what was printed."""
 
 
 def apply(notebook: Notebook, entry: dict[str, Any]) -> int | None:
@@ -52,7 +60,7 @@ def apply(notebook: Notebook, entry: dict[str, Any]) -> int | None:
     elif cell["cell_type"] != "code":
         return None
     elif kind == OUTPUT:
-        cell.setdefault("outputs", []).append(entry["output"])
+        append_output(cell.setdefault("outputs", []), entry["output"])
     elif kind == CLEAR:
         cell["outputs"] = []
     elif kind == UPDATE:
@@ -63,7 +71,34 @@ def apply(notebook: Notebook, entry: dict[str, Any]) -> int | None:
                 "data": entry["data"],
                 "metadata": entry["metadata"],
             }
+    elif kind == OMIT:
+        outputs = cell.get("outputs", [])
+        if 0 <= entry["at"] < len(outputs):
+            outputs[entry["at"]] = omitted(entry["text"])
     return index
+
+
+def append_output(outputs: list[Any], output: Any) -> int:
+    """Append one output, or join it to the stream that it goes on with; returns its position.
+
+    Nothing in ``outputs`` is changed in place: an output may belong to several documents.
+    """
+    last = outputs[-1] if outputs else None
+    if (
+        last is not None
+        and output["output_type"] == last["output_type"] == "stream"
+        and output["name"] == last["name"]
+        and len(last["text"]) + len(output["text"]) <= MERGED_STREAM_CHARACTERS
+    ):
+        outputs[-1] = type(last)(last, text=last["text"] + output["text"])
+    else:
+        outputs.append(output)
+    return len(outputs) - 1
+
+
+def omitted(text: str) -> dict[str, Any]:
+    """What stands in the place of an output that was left out."""
+    return {"output_type": "stream", "name": "stderr", "text": text}
 
 
 def rebuild(snapshot: Path, journal: Path) -> Notebook:
@@ -75,9 +110,25 @@ def rebuild(snapshot: Path, journal: Path) -> Notebook:
     state = notebook["metadata"].get("grd", {})
     if state.get("complete"):
         return notebook
+    part = int(state.get("journal_part", 0))
+    if journal_part(journal) != part:
+        return notebook  # the journal is older than the snapshot, which was written before it was restarted
     for _, entry in read_json_lines(journal, int(state.get("journal_bytes", 0))):
         apply(notebook, entry)
     return notebook
+
+
+def journal_part(journal: Path) -> int:
+    """How many times the journal was restarted, as its first line says."""
+    for _, entry in itertools.islice(read_json_lines(journal), 1):
+        if entry.get("op") == PART:
+            return int(entry["part"])
+    return 0
+
+
+def without_empty(outputs: list[Any]) -> list[Any]:
+    """``outputs`` without the empty places of what was left out."""
+    return [output for output in outputs if output.get("output_type") != "stream" or output["text"]]
 
 
 def mark_lost(notebook: Notebook) -> Notebook:
@@ -104,18 +155,22 @@ def count_cells(notebook: Notebook) -> dict[str, int]:
 def encode(notebook: Notebook) -> bytes:
     """The .ipynb file of ``notebook``: text in lists of lines as Jupyter writes it, one space of indent."""
     shallow = dict(notebook)
-    shallow["cells"] = [_with_line_lists(cell) for cell in notebook["cells"]]
+    # Positions count for the journal's later entries; after the last one there are none.
+    ended = notebook["metadata"].get("grd", {}).get("complete", True)
+    shallow["cells"] = [_with_line_lists(cell, ended) for cell in notebook["cells"]]
     # surrogates from a kernel's undecodable bytes must not lose the rest of the notebook
     return (json.dumps(shallow, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode(
         "utf-8", "replace"
     )
 
 
-def _with_line_lists(cell: dict[str, Any]) -> dict[str, Any]:
+def _with_line_lists(cell: dict[str, Any], ended: bool) -> dict[str, Any]:
     shown = dict(cell)
     shown["source"] = _lines(cell.get("source", ""))
     if cell["cell_type"] == "code":
-        shown["outputs"] = [_output_lines(output) for output in cell.get("outputs", [])]
+        outputs = cell.get("outputs", [])
+        kept = without_empty(outputs) if ended else outputs
+        shown["outputs"] = [_output_lines(output) for output in kept]
     if "attachments" in cell:
         shown["attachments"] = copy.deepcopy(cell["attachments"])
     return shown

@@ -10,7 +10,7 @@ from grd import contract
 from grd.errors import ParameterError, UsageError
 from grd.execution.notebooks import Kernel, Source, find_kernel, read_notebook
 from grd.execution.parameters import ParametersCell, read_parameters_cell, resolve
-from grd.settings import Settings, parse_duration
+from grd.settings import Settings, parse_duration, parse_size
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,13 @@ def read_limits(timeout: float | str | None, budget: float | str | None, setting
         # Nobody has agreed to anything: the default caps all attempts together.
         return Limits(None, {"seconds": settings.default_timeout, "used_seconds": 0.0, "agreed": "default"})
     return Limits(attempt_cap, {"seconds": total_cap, "used_seconds": 0.0, "agreed": "typed"})
+
+
+def read_size(flag: str, value: int | str) -> int:
+    try:
+        return parse_size(value)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"{flag}: {error}") from None
 
 
 def read_seconds(flag: str, value: float | str | None) -> float | None:

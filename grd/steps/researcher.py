@@ -36,6 +36,7 @@ from grd.steps.request import (
     check_language,
     read_limits,
     read_seconds,
+    read_size,
 )
 from grd.steps.run import Run, runs_folder, status
 
@@ -65,6 +66,7 @@ def research(
     kernel: str | None = None,
     checkpoint_dir: str | Path | None = None,
     grace: float | str | None = None,
+    max_output: int | str | None = None,
     runs_dir: str | Path | None = None,
     allow_unknown: bool = False,
     key: str | None = None,
@@ -77,6 +79,7 @@ def research(
     """Run ``notebook`` to its end, or to an interruption; the `Run` tells which.
 
     ``timeout`` (one attempt), ``budget`` (all attempts together) and ``grace`` are seconds or ``"30m"``.
+    ``max_output`` is how much output the notebook keeps, in bytes or as ``"100MB"``.
     With ``wait=False`` it returns once the run has been started; the run outlives this process either way.
     ``key`` makes the call idempotent: the run that was started with it is attached to, resumed, or just
     returned, whichever applies. ``on_end`` is a shell command the runner executes when the run has ended.
@@ -84,7 +87,7 @@ def research(
     is started or written.
     """
     root = find_project_root(Path.cwd())
-    settings, _ = load_settings(root, {"grace": grace})
+    settings, _ = load_settings(root, {"grace": grace, "max_output": max_output})
     request = check(str(notebook), parameters or {}, kernel=kernel, allow_unknown=allow_unknown)
     limits = read_limits(timeout, budget, settings)
     place = runs_folder(runs_dir)
@@ -105,7 +108,7 @@ def research(
             started = create()
             slot.assign(started.folder)
         else:
-            started = _go_on(known, request, key, timeout, budget, grace, on_note)
+            started = _go_on(known, request, key, timeout, budget, grace, max_output, on_note)
     return _see_to_end(started, wait, on_start, on_event, on_note)
 
 
@@ -116,6 +119,7 @@ def _go_on(
     timeout: float | str | None,
     budget: float | str | None,
     grace: float | str | None,
+    max_output: int | str | None,
     on_note: OnNote | None,
 ) -> Started:
     """What an idempotent call does with the run that has its key."""
@@ -139,7 +143,16 @@ def _go_on(
     more_time = timeout if read_seconds("--timeout", timeout) != record.timeout else None
     more_budget = budget if read_seconds("--budget", budget) != record.budget.get("seconds") else None
     return _resume(
-        folder, {}, edited, None, more_time, more_budget, grace, allow_unknown=True, on_note=on_note
+        folder,
+        {},
+        edited,
+        None,
+        more_time,
+        more_budget,
+        grace,
+        max_output,
+        allow_unknown=True,
+        on_note=on_note,
     )
 
 
@@ -152,6 +165,7 @@ def resume(
     timeout: float | str | None = None,
     budget: float | str | None = None,
     grace: float | str | None = None,
+    max_output: int | str | None = None,
     runs_dir: str | Path | None = None,
     allow_unknown: bool = False,
     wait: bool = True,
@@ -174,6 +188,7 @@ def resume(
         timeout,
         budget,
         grace,
+        max_output,
         allow_unknown=allow_unknown,
         on_note=on_note,
     )
@@ -188,6 +203,7 @@ def _resume(
     timeout: float | str | None,
     budget: float | str | None,
     grace: float | str | None,
+    max_output: int | str | None,
     *,
     allow_unknown: bool,
     on_note: OnNote | None,
@@ -202,6 +218,8 @@ def _resume(
             folder, record, parameters, notebook, from_epoch, allow_unknown=allow_unknown
         )
         _apply_limits(record, changes, timeout, budget, grace)
+        if max_output is not None:
+            record.max_output = read_size("--max-output", max_output)
         _check_resumable(record, changes)
         edited = changes.pop("text", None)
         attempt = Attempt(
@@ -264,6 +282,7 @@ def _create(
         timeout=limits.timeout,
         budget=dict(limits.budget),
         grace=settings.grace,
+        max_output=settings.max_output,
         start_timeout=settings.start_timeout,
         checkpointing={
             "max_lost_work": settings.max_lost_work,

@@ -79,6 +79,11 @@ def _limit_options(command: Command) -> Command:
         click.option(
             "--grace", metavar="TIME", help="From a stop request to the kill, time to save. Default: 30s."
         ),
+        click.option(
+            "--max-output",
+            metavar="SIZE",
+            help="Output the notebook keeps: its first and last half. Default: 100MB.",
+        ),
         click.option("--budget", metavar="TIME", help="Cap on all attempts of the run together, such as 4h."),
         click.option(
             "--timeout",
@@ -119,6 +124,7 @@ def research(
     timeout: str | None,
     budget: str | None,
     grace: str | None,
+    max_output: str | None,
     runs_dir: str | None,
     as_json: bool,
     quiet: bool,
@@ -151,6 +157,7 @@ def research(
         key=key,
         on_end=on_end,
         grace=grace,
+        max_output=max_output,
         runs_dir=runs_dir,
         allow_unknown=allow_unknown,
         wait=waits,
@@ -185,6 +192,7 @@ def resume(
     timeout: str | None,
     budget: str | None,
     grace: str | None,
+    max_output: str | None,
     runs_dir: str | None,
     as_json: bool,
     quiet: bool,
@@ -220,6 +228,7 @@ def resume(
             timeout=timeout,
             budget=budget,
             grace=grace,
+            max_output=max_output,
             runs_dir=runs_dir,
             allow_unknown=allow_unknown,
             wait=waits,
