@@ -6,7 +6,6 @@ The kernels are of the ipykernel that the tests' own Python has; ``make test-ipy
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import warnings
