@@ -1,18 +1,19 @@
 # Everything runs in .venv, made on first use. pip's own settings (pip.conf, PIP_*) decide where packages come from.
 PYTHON ?= python3
 VENV ?= .venv
+IPYKERNEL6 = .venv-ipykernel6
 
 PY = $(VENV)/bin/python
 PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES = pyproject.toml constraints.txt
 
 .DEFAULT_GOAL = help
-.PHONY: help venv demo test check faults wheel-test clean
+.PHONY: help venv demo test check faults test-ipykernel6 recipes-full wheel-test bench clean
 .DELETE_ON_ERROR:
 
 help:  ## show this
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r goal text; do \
-		printf '%-18s %s\n' "$$goal" "$$text"; done
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r goal text; do \
+		printf '%-22s %s\n' "$$goal" "$$text"; done
 
 venv: $(VENV)/.installed-dev  ## make .venv with everything for developing (PYTHON=python3.12 chooses another Python)
 
@@ -25,8 +26,19 @@ test: $(VENV)/.installed-dev  ## all tests but the slow ones below
 faults: $(VENV)/.installed-dev  ## the longer fault suite: real processes killed at chosen moments
 	$(PY) -m pytest -m faults
 
+test-ipykernel6: $(IPYKERNEL6)/.installed  ## magics, engine and signals with kernels of ipykernel 6.31, and no torch
+	$(IPYKERNEL6)/bin/python -m pytest -n 2 --dist load tests/test_magics.py tests/test_engine.py
+	$(IPYKERNEL6)/bin/python -m pytest -n 2 --dist load tests/faults/test_fault_table.py \
+		-k '(everyone or deadline) and (training or silent)'
+
+recipes-full: $(VENV)/.installed-dev  ## the recipes for agents at full length: 90 s of training, calls of 20 s
+	GRD_TEST_TRAINING_SECONDS=90 GRD_TEST_CALL_SECONDS=20 $(PY) -m pytest -n 2 --dist load tests/test_agents.py
+
 wheel-test: $(VENV)/.installed-dev  ## build the wheel and use it in an empty venv
 	$(PY) -m pytest -m wheel
+
+bench: $(VENV)/.installed-dev  ## measure what grd costs; make bench BENCH=progress_overhead for one of them
+	$(PY) -m benchmarks $(BENCH)
 
 check: $(VENV)/.installed-dev  ## lint, format, types, layers
 	$(PY) -m ruff check
@@ -36,15 +48,15 @@ check: $(VENV)/.installed-dev  ## lint, format, types, layers
 
 clean:  ## remove caches, build results and demo-output; .venv and experiments/ stay
 	rm -rf build dist demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './.venv*' -prune -exec rm -rf {} +
 
-$(VENV)/.made:
+$(VENV)/.made $(IPYKERNEL6)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "grd needs Python 3.11 or newer, and $(PYTHON) is" \
 			"$$($(PYTHON) --version 2>/dev/null || echo not there); try: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
 		exit 1; }
-	@$(PYTHON) -m venv $(VENV) || { \
-		rm -rf $(VENV); echo "$(PYTHON) cannot make a venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -m venv $(@D) || { \
+		rm -rf $(@D); echo "$(PYTHON) cannot make a venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@touch $@
 
 $(VENV)/.installed-demo: $(VENV)/.made $(SOURCES)
@@ -56,3 +68,8 @@ $(VENV)/.installed-dev: $(VENV)/.made $(SOURCES)
 	@echo "Installing grd, torch, scikit-learn and the development tools into $(VENV): some minutes the first time"
 	@$(PIP_INSTALL) -e '.[demo,dev]'
 	@touch $(VENV)/.installed-demo $@
+
+$(IPYKERNEL6)/.installed: $(IPYKERNEL6)/.made $(SOURCES)
+	@echo "Installing grd with ipykernel 6.31 into $(IPYKERNEL6)"
+	@$(IPYKERNEL6)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' ipykernel==6.31.0
+	@touch $@

@@ -1,16 +1,11 @@
 """``%grd`` in real kernels and in an IPython shell, completion, and awaiting runs.
 
-A second kernel version is tested where GRD_TEST_IPYKERNEL_PYTHON names a Python that has grd's dependencies
-with that ipykernel:
-
-    python3.11 -m venv old && old/bin/pip install . ipykernel==6.31.0
-    GRD_TEST_IPYKERNEL_PYTHON=old/bin/python python -m pytest tests/test_magics.py
+The kernels are of the ipykernel that the tests' own Python has; ``make test-ipykernel6`` runs them with 6.31.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import warnings
@@ -31,8 +26,6 @@ from traitlets.config import Config
 from grd.interfaces.cli.main import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-OTHER_PYTHON = os.environ.get("GRD_TEST_IPYKERNEL_PYTHON")
-PYTHONS = [sys.executable, *([OTHER_PYTHON] if OTHER_PYTHON else [])]
 HEAVY = ("papermill", "nbclient", "torch", "mlflow", "pandas", "dask")
 
 PARAMETERS = "epochs = 3\ngate = ''\ntimeout = None\ncheckpoint_dir = ''\nresume = False"
@@ -129,13 +122,11 @@ class Kernel:
         return json.loads(done.stdout.split("VALUE", 1)[1])
 
 
-@pytest.fixture(params=PYTHONS, ids=["this", "other"][: len(PYTHONS)])
-def kernel(
-    request: pytest.FixtureRequest, project: Project, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Kernel]:
+@pytest.fixture
+def kernel(project: Project, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     spec = project.path / "jupyter" / "kernels" / "under-test"
     spec.mkdir(parents=True)
-    argv = [request.param, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     (spec / "kernel.json").write_text(
         json.dumps({"argv": argv, "display_name": "under test", "language": "python"})
     )

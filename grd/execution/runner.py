@@ -24,7 +24,7 @@ from grd.execution.outcome import Outcome, storage_cause
 from grd.execution.stopping import Stopper
 from grd.files import atomic_write, write_json
 from grd.runs import handover, store
-from grd.runs.events import EventLog, view_of
+from grd.runs.events import Digest, EventLog, view_of
 from grd.runs.folder import RunFolder, process_marker
 from grd.runs.liveness import HEARTBEAT_SECONDS
 from grd.runs.model import now_iso, seconds_left
@@ -237,6 +237,7 @@ class Runner:
             store.save(self.folder, self.record, durable=False)
 
     def _beat(self) -> None:
+        digest = Digest(self.folder)
         while True:
             try:
                 self.folder.heartbeat.write_text(f"{os.getpid()}\n")
@@ -244,13 +245,15 @@ class Runner:
                 self.stopper.request(contract.STORAGE)  # the run folder was deleted: nobody can read the rest
             except OSError:
                 pass  # a full disk: the saver sees it too, and knows more
+            with contextlib.suppress(Exception):  # only a cache, and whatever somebody wrote into the events
+                digest.keep_up()
             if self._beating.wait(HEARTBEAT_SECONDS):
                 return
 
     def _end(self, outcome: Outcome) -> None:
         record, attempt = self.record, self.attempt
         self.folder.reserve.unlink(missing_ok=True)
-        view = view_of(self.folder.events)
+        view = view_of(self.folder)
         attempt.state, attempt.cause, attempt.detail = outcome.state, outcome.cause, outcome.detail
         attempt.stop, attempt.cells, attempt.oom = outcome.stop, outcome.cells, outcome.oom
         attempt.ended_at = now_iso()

@@ -1,16 +1,31 @@
-"""Events of a run: writing them on the runner's side, and what they say about it now."""
+"""Events of a run: writing them on the runner's side, and what they say about it now.
+
+A long training has some 100,000 events. Its runner stores what they said so far, with the position, now and
+then: whoever looks reads that and the rest. A digest that does not fit its events is passed over.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from grd import contract
-from grd.files import JsonLines, read_json_lines
+from grd.files import JsonLines, atomic_write, read_json, read_json_lines
+from grd.runs.folder import RunFolder
+
+DIGEST_BYTES = 256 * 1024
+"""A digest is worth it when so much is new: some 2,000 events, which take 10 ms to read."""
+
+DIGEST_SCHEMA = "grd.digest/1"
+"""To be counted up when `LiveView` sees other things in the same events."""
+
+_TAIL_BYTES = 64
 
 
 class EventLog:
@@ -52,6 +67,8 @@ class LiveView:
     """Metrics by epoch; a repeated epoch's newest values stand."""
     warnings: list[str] = field(default_factory=list)
     cell: dict[str, Any] | None = None
+    state: dict[str, Any] | None = None
+    """The newest event of kind ``state``."""
     offset: int = 0
     _started: dict[str, tuple[float, float]] = field(default_factory=dict)
     _reached: dict[str, float] = field(default_factory=dict)
@@ -71,16 +88,18 @@ class LiveView:
             self.cell = {name: event.get(name) for name in ("index", "status", "of")}
         elif kind == contract.EVENT_WARNING and event.get("message") not in self.warnings:
             self.warnings.append(str(event.get("message")))
-        elif kind == contract.EVENT_STATE and event.get("state") == contract.RUNNING:
-            self._started.clear()
-            self._reached.clear()
-            self.cell = None
+        elif kind == contract.EVENT_STATE:
+            self.state = event
+            if event.get("state") == contract.RUNNING:
+                self._started.clear()
+                self._reached.clear()
+                self.cell = None
 
     def _take_progress(self, event: dict[str, Any]) -> None:
         name, n, total = str(event.get("name")), event.get("n"), event.get("total")
-        now = float(event.get("t", 0.0))
         if not isinstance(n, (int, float)):
             return
+        now = float(event["t"]) if isinstance(event.get("t"), (int, float)) else 0.0
         # Work that a resumed attempt skipped is no speed: the rate counts from what this attempt first said.
         start_n, start_t = self._started.setdefault(name, (float(n), now))
         if n < self._reached.get(name, n):  # counted from the start again: another loop of this name
@@ -101,10 +120,60 @@ class LiveView:
             self.take(event)
             yield event
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values that `from_dict` takes."""
+        return asdict(self)
 
-def view_of(path: Path) -> LiveView:
-    """The view after all events in ``path``."""
-    view = LiveView()
-    for _ in view.read(path):
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> LiveView:
+        """The view that `to_dict` gave. Raises TypeError or ValueError for anything else."""
+        view = cls(**value)
+        view.history = {int(epoch): values for epoch, values in view.history.items()}
+        view._started = {name: (float(n), float(t)) for name, (n, t) in view._started.items()}
+        return view
+
+
+class Digest:
+    """Keeps the view of a run's events on the disk, for those who look. One writer: the run's runner."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._view = _stored_view(folder) or LiveView()
+
+    def keep_up(self) -> None:
+        """Store the view if much has happened since it was stored. Raises OSError."""
+        path = self._folder.events
+        if not path.exists() or path.stat().st_size - self._view.offset < DIGEST_BYTES:
+            return
+        for _ in self._view.read(path):
+            pass
+        value = {
+            "schema": DIGEST_SCHEMA,
+            "tail": _tail(path, self._view.offset),
+            "view": self._view.to_dict(),
+        }
+        atomic_write(self._folder.digest, json.dumps(value), durable=False)
+
+
+def view_of(folder: RunFolder) -> LiveView:
+    """The view after all events of a run."""
+    view = _stored_view(folder) or LiveView()
+    for _ in view.read(folder.events):
         pass
     return view
+
+
+def _stored_view(folder: RunFolder) -> LiveView | None:
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        value = read_json(folder.digest)
+        view = LiveView.from_dict(value["view"])
+        fits = value["tail"] == _tail(folder.events, view.offset)
+        return view if fits and value["schema"] == DIGEST_SCHEMA else None
+    return None
+
+
+def _tail(path: Path, offset: int) -> str:
+    """The last bytes before ``offset``; they hold a time, so that another file's are different."""
+    with open(path, "rb") as stream:
+        stream.seek(max(0, offset - _TAIL_BYTES))
+        return stream.read(min(offset, _TAIL_BYTES)).hex()

@@ -49,6 +49,11 @@ class RunFolder:
         return self.path / "events.jsonl"
 
     @property
+    def digest(self) -> Path:
+        """What the events said up to a position: a cache of the runner's, and never the truth."""
+        return self.path / "events.digest.json"
+
+    @property
     def metrics(self) -> Path:
         """metrics.json, written at the end of each attempt."""
         return self.path / "metrics.json"

@@ -24,12 +24,14 @@ REAP_SECONDS = 0.3
 """Looking at a run must not take long: what does not die at once is met again by the next look."""
 
 
-def current_record(folder: RunFolder) -> RunRecord:
+def current_record(folder: RunFolder, record: RunRecord | None = None) -> RunRecord:
     """The record as it truly is now: recovered first if its runner is gone.
 
-    Raises RunNotFound or ConfigurationError.
+    ``record`` is what was read of it just now, where the caller has done so. Raises RunNotFound or
+    ConfigurationError.
     """
-    record = store.load(folder)
+    if record is None:
+        record = store.load(folder)
     if not needs_recovery(folder, record):
         return record
     try:
@@ -54,9 +56,9 @@ def all_current(runs_dir: os.PathLike[str]) -> list[tuple[RunFolder, RunRecord]]
     from pathlib import Path
 
     found = []
-    for folder, _ in store.load_all(Path(runs_dir)):
+    for folder, record in store.load_all(Path(runs_dir)):
         with contextlib.suppress(RunNotFound, ConfigurationError):
-            found.append((folder, current_record(folder)))
+            found.append((folder, current_record(folder, record)))
     return found
 
 
@@ -71,7 +73,7 @@ def _as_lost(folder: RunFolder, record: RunRecord) -> RunRecord:
     attempt = record.current
     attempt.state, attempt.cause, attempt.detail = record.state, cause, detail
     attempt.ended_at = record.ended_at
-    view = view_of(folder.events)
+    view = view_of(folder)
     record.progress, record.checkpoint = view.progress, view.checkpoint or record.checkpoint
     record.metrics = view.metrics
     return record

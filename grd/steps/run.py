@@ -82,12 +82,12 @@ class Run:
     @property
     def metrics(self) -> dict[str, Any]:
         """The newest value of every metric."""
-        return dict(view_of(self._folder.events).metrics)
+        return dict(view_of(self._folder).metrics)
 
     @property
     def history(self) -> list[dict[str, Any]]:
         """The metrics of every epoch, those of earlier attempts too."""
-        return history_of(view_of(self._folder.events))
+        return history_of(view_of(self._folder))
 
     @property
     def output_notebook(self) -> Path:
@@ -193,7 +193,7 @@ def status_of(folder: RunFolder) -> dict[str, Any]:
     record = recovery.current_record(folder)
     shown = record.to_dict()
     if record.state in (contract.RUNNING, contract.QUEUED):
-        view = view_of(folder.events)
+        view = view_of(folder)
         shown["progress"], shown["metrics"] = view.progress, view.metrics
         shown["checkpoint"] = view.checkpoint or record.checkpoint
         shown["cell"] = view.cell
@@ -204,7 +204,7 @@ def status_of(folder: RunFolder) -> dict[str, Any]:
 def result_of(folder: RunFolder) -> dict[str, Any]:
     """State, metrics and the places of what the run made."""
     record = recovery.current_record(folder)
-    view = view_of(folder.events)
+    view = view_of(folder)
     return {
         "schema": "grd.result/1",
         "run_id": record.run_id,

@@ -157,6 +157,26 @@ def twice(signum: int) -> Callable[[Project, subprocess.Popen[str]], None]:
     return send
 
 
+def again_while_stopping(first: int, second: int) -> Callable[[Project, subprocess.Popen[str]], None]:
+    """Another signal, to every process, while the first stop is under way."""
+
+    def send(project: Project, process: subprocess.Popen[str]) -> None:
+        os.kill(_runner(project), first)
+        project.wait_for_event("stop", stage=0)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            to_everyone(second, follower=False)(project, process)
+
+    return send
+
+
+def hang_up(project: Project, process: subprocess.Popen[str]) -> None:
+    """The terminal is closed: the command ends, the run does not, until somebody asks."""
+    process.send_signal(signal.SIGHUP)
+    process.wait(60)
+    assert project.grd("status", "last", "--json").json["state"] == "running"
+    assert project.grd("stop", "last").code == 0
+
+
 def nothing(project: Project, process: subprocess.Popen[str]) -> None:
     """The deadline does it."""
 
@@ -185,8 +205,34 @@ FAULTS = {
     "everyone SIGHUP": Fault(to_everyone(signal.SIGHUP, follower=False), "sighup"),
     "everyone SIGUSR1": Fault(to_everyone(signal.SIGUSR1, follower=False), "preempted"),
     "everyone SIGUSR2": Fault(to_everyone(signal.SIGUSR2, follower=False), "preempted"),
+    "runner SIGHUP twice": Fault(twice(signal.SIGHUP), "sighup"),
+    "runner SIGUSR1 twice": Fault(twice(signal.SIGUSR1), "preempted"),
+    "runner SIGUSR2 twice": Fault(twice(signal.SIGUSR2), "preempted"),
+    "everyone SIGTERM during a stop": Fault(
+        again_while_stopping(signal.SIGUSR1, signal.SIGTERM), "preempted"
+    ),
+    "everyone SIGINT during a stop": Fault(again_while_stopping(signal.SIGTERM, signal.SIGINT), "sigterm"),
+    "everyone SIGUSR1 during a stop": Fault(again_while_stopping(signal.SIGTERM, signal.SIGUSR1), "sigterm"),
+    "everyone SIGUSR2 during a stop": Fault(again_while_stopping(signal.SIGHUP, signal.SIGUSR2), "sighup"),
+    "everyone SIGHUP during a stop": Fault(again_while_stopping(signal.SIGTERM, signal.SIGHUP), "sigterm"),
+    "follower SIGHUP, then stop": Fault(hang_up, "stopped"),
+    "follower SIGINT": Fault(lambda project, process: process.send_signal(signal.SIGINT), "sigint"),
     "deadline": Fault(nothing, "deadline", ("--timeout", "4s", "--grace", "8s")),
 }
+
+AT_ONE_MOMENT = [
+    fault for fault in FAULTS if "twice" in fault or "during" in fault or "follower SIG" in fault
+]
+"""Rows that are tried in a training only, unless they are older: what differs is the signal, not the cell."""
+
+CASES = [
+    (fault, moment)
+    for fault in FAULTS
+    for moment in MOMENTS
+    if moment == "training"
+    or fault not in AT_ONE_MOMENT
+    or fault in ("runner SIGTERM twice", "runner SIGINT twice", "follower SIGTERM")
+]
 
 START_FAILS = {("kernel SIGKILL", "kernel starting"), ("kernel SIGSEGV", "kernel starting")}
 """A kernel that dies before it has answered has not started: a failure, not an interruption."""
@@ -222,15 +268,17 @@ def _check_notebook(output: Path, moment: str) -> None:
         assert "here" in json.dumps([cell.get("outputs") for cell in cells]), "an output is lost"
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("fault", "moment"), CASES)
 def test_a_run_is_whole_and_resumable_after(project: Project, fault: str, moment: str) -> None:
     project.notebook("run.ipynb", MOMENTS[moment].cell, "print('the end')", parameters=PARAMETERS)
     process = project.start("research", "run.ipynb", *FAULTS[fault].options)
     MOMENTS[moment].reached(project)
     FAULTS[fault].strike(project, process)
     stopped = project.finish(process)
-    assert stopped.code == (69 if (fault, moment) in START_FAILS else 75), stopped.err
+    if FAULTS[fault].strike is hang_up:
+        assert stopped.code == -signal.SIGHUP
+    else:
+        assert stopped.code == (69 if (fault, moment) in START_FAILS else 75), stopped.err
     assert "Traceback" not in stopped.err
     check_invariants(project, fault, moment)
     resumed = project.grd("resume", "last", "--timeout", "5m", "--json")

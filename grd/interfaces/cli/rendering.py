@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any, Protocol
 
@@ -65,10 +65,11 @@ class ProgressPrinter:
         """What shows the events of one run among several."""
         return lambda event: self._take(run_id, event, news=True)
 
-    def catch_up(self, run_id: str, events: Iterable[dict[str, Any]]) -> None:
-        """Take what happened before somebody looked: it moves the bar, and makes no line."""
-        for event in events:
-            self._take(run_id, event, news=False)
+    def catch_up(self, run_id: str, view: LiveView) -> None:
+        """Begin with what had happened before somebody looked: it moves the bar, and makes no line."""
+        self._views[run_id] = view
+        if not self._quiet and view.state is not None:
+            self._shown().show(run_id, view.state, view, news=False)
 
     def say(self, text: str) -> None:
         """A message among the events; said also where progress is not wanted."""

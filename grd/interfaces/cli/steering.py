@@ -10,11 +10,12 @@ import click
 
 from grd import contract
 from grd.errors import UsageError
+from grd.files import read_json_lines
 from grd.interfaces.cli import exit_codes
 from grd.interfaces.cli.answer import Answer, AnsweringCommand
 from grd.interfaces.cli.completion import run_argument
 from grd.interfaces.cli.rendering import ProgressPrinter, describe_end, say
-from grd.runs.events import LiveView
+from grd.runs.events import view_of
 from grd.runs.folder import RunFolder, find_run
 from grd.runs.stop_request import ask_to_stop
 from grd.settings import parse_duration
@@ -99,14 +100,17 @@ def wait(
 def _watch(folders: list[RunFolder], printer: ProgressPrinter) -> Callable[[], None]:
     """Shows, whenever it is called, what is new; what came before only moves the bars."""
     names = {folder: folder.run_id if len(folders) > 1 else "" for folder in folders}
-    views = {folder: LiveView() for folder in folders}
-    for folder, view in views.items():
-        printer.catch_up(names[folder], view.read(folder.events))
+    positions: dict[RunFolder, int] = {}
+    for folder, name in names.items():
+        view = view_of(folder)
+        positions[folder] = view.offset
+        printer.catch_up(name, view)
 
     def look() -> None:
-        for folder, view in views.items():
-            for event in view.read(folder.events):
-                printer.of(names[folder])(event)
+        for folder, name in names.items():
+            for offset, event in read_json_lines(folder.events, positions[folder]):
+                positions[folder] = offset
+                printer.of(name)(event)
 
     return look
 
