@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -236,14 +236,24 @@ def point_latest(target: Path) -> None:
     fsync_folder(target.parent)
 
 
-def prune(folder: Path, budget: int, known_good: Collection[str]) -> list[Path]:
+def newest_good(present: Sequence[Version], known_good: Collection[str]) -> Path | None:
+    """The newest of ``present`` that is good; those named in ``known_good`` are not verified again."""
+    for item in present:
+        if item.path.name in known_good or check(item.path, item.entries)[0] is None:
+            return item.path
+    return None
+
+
+def prune(
+    present: Sequence[Version], budget: int, known_good: Collection[str], *, dry_run: bool = False
+) -> list[Path]:
     """Delete what does not fit into ``budget`` bytes, oldest first, never leaving fewer than two good ones.
 
-    Steps inside an epoch go first once the epoch is complete. Files named in ``known_good`` are not verified
-    again. Returns what was deleted.
+    ``present`` are the `versions` of a folder. Steps inside an epoch go first once the epoch is complete.
+    Files named in ``known_good`` are not verified again. Returns what was, or with ``dry_run`` would be,
+    deleted.
     """
-    everything = versions(folder)
-    completed = [item for item in everything if item.step is None]
+    completed = [item for item in present if item.step is None]
     newest_complete = completed[0] if completed else None
 
     def is_obsolete(item: Version) -> bool:
@@ -255,7 +265,7 @@ def prune(folder: Path, budget: int, known_good: Collection[str]) -> list[Path]:
 
     deleted = []
     good = kept_bytes = 0
-    order = sorted(everything, key=lambda item: (not is_obsolete(item), _newest_last(item)), reverse=True)
+    order = sorted(present, key=lambda item: (not is_obsolete(item), _newest_last(item)), reverse=True)
     for item in order:
         try:
             size = item.path.stat().st_size
@@ -263,7 +273,8 @@ def prune(folder: Path, budget: int, known_good: Collection[str]) -> list[Path]:
             continue
         if good >= NEVER_FEWER_THAN and (is_obsolete(item) or kept_bytes + size > budget):
             with contextlib.suppress(OSError):
-                item.path.unlink()
+                if not dry_run:
+                    item.path.unlink()
                 deleted.append(item.path)
             continue
         kept_bytes += size

@@ -13,10 +13,10 @@ from typing import Any
 
 from grd import contract
 from grd.errors import CheckpointCorrupt, CheckpointError, CheckpointFenced, CheckpointRefused
-from grd.experiment import checkpoint_file, checkpoint_folder, interruption
+from grd.experiment import checkpoint_file, checkpoint_folder, interruption, saving_history
 from grd.experiment.checkpoint_folder import Found, version_name
 from grd.experiment.events import attempt_number, emit, run_id
-from grd.experiment.manifest import Entry, append_entry, process_id, read_manifest
+from grd.experiment.manifest import Entry, append_entry, process_id, read_entries, read_manifest
 from grd.experiment.reporting import as_number
 from grd.experiment.state_encoding import as_json
 from grd.files import fsync_folder
@@ -27,6 +27,7 @@ FORMAT = "grd.checkpoint/1"
 _lock = threading.RLock()
 _lineages: dict[str, int] = {}
 _known_good: dict[str, set[str]] = {}
+_work_began: dict[str, float] = {}
 
 
 class CheckpointHandler:
@@ -58,6 +59,7 @@ class CheckpointHandler:
         self.keep_bytes = _budget(keep_bytes)
         self.interrupted = False
         self._key = os.path.realpath(self.checkpoint_dir)
+        _work_began.setdefault(self._key, time.monotonic())
         checkpoint_folder.sweep(self.checkpoint_dir)
         if resume is False:
             _check_fence(self.checkpoint_dir)
@@ -114,6 +116,7 @@ class CheckpointHandler:
         started = time.monotonic()
         with _lock, interruption.saving():
             path, size = self._write(version_name(epoch, step), payload, epoch, step, total, allow_pickle)
+            self.begin_work()
         if self.report_events:
             emit(
                 contract.EVENT_CHECKPOINT,
@@ -136,6 +139,7 @@ class CheckpointHandler:
     ) -> tuple[Path, int]:
         path = self.checkpoint_dir / name
         lineage = self._lineage(epoch, step)
+        started = time.monotonic()
         try:
             with checkpoint_folder.temporary_name(self.checkpoint_dir, name) as temporary:
                 written = checkpoint_file.write(temporary, payload, allow_pickle=allow_pickle)
@@ -158,6 +162,9 @@ class CheckpointHandler:
                         format=written.format,
                         total_epochs=total if isinstance(total, int) else None,
                         t=time.time(),
+                        seconds=round(time.monotonic() - started, 6),
+                        work_seconds=round(started - _work_began[self._key], 6),
+                        stop=interruption.stop_requested(),
                     ),
                 )
                 _check_fence(self.checkpoint_dir)
@@ -167,10 +174,11 @@ class CheckpointHandler:
             raise CheckpointError(
                 f"{path} could not be saved: {error.strerror or error}; the versions before it are untouched"
             ) from error
-        checkpoint_folder.point_latest(path)
         good = _known_good.setdefault(self._key, set())
         good.add(name)
-        checkpoint_folder.prune(self.checkpoint_dir, self.keep_bytes, good)
+        present = checkpoint_folder.versions(self.checkpoint_dir)
+        checkpoint_folder.point_latest(checkpoint_folder.newest_good(present, good) or path)
+        checkpoint_folder.prune(present, self.keep_bytes, good)
         return path, written.size
 
     def _lineage(self, epoch: int, step: int | None) -> int:
@@ -197,6 +205,10 @@ class CheckpointHandler:
         """Let what is saved from now on win over everything in the folder, whatever its epoch."""
         with _lock:
             _lineages[self._key] = self._next_lineage()
+
+    def begin_work(self) -> None:
+        """Count what the next save makes safe from here: a training begins, or was just saved."""
+        _work_began[self._key] = time.monotonic()
 
     # --- reading ---
 
@@ -269,7 +281,10 @@ class CheckpointHandler:
         """Whether and where a resume would go on; never loads the state.
 
         Keys: has_checkpoint, valid, latest_epoch (last completed), step (inside the next, or None),
-        next_epoch, checkpoint_path, estimated_remaining_epochs (None if the total is unknown).
+        next_epoch, checkpoint_path, estimated_remaining_epochs (None if the total is unknown),
+        expected_lost_seconds (training that a kill without warning loses on average) and expected_overhead
+        (saving as a share of the training), both as measured and None before the second save, and
+        resume_command (what to type to go on; None if there is nothing to go on from or with).
         """
         found = self._scan()
         total = self.total_epochs
@@ -282,6 +297,8 @@ class CheckpointHandler:
             if total is None and found.entry is not None:
                 total = found.entry.total_epochs
         next_epoch = 0 if latest is None else latest + 1
+        remaining = None if total is None else max(0, total - next_epoch)
+        entries = read_entries(self.checkpoint_dir)
         return {
             "has_checkpoint": found is not None,
             "valid": found is not None,
@@ -289,8 +306,21 @@ class CheckpointHandler:
             "step": None if found is None else found.step,
             "next_epoch": next_epoch,
             "checkpoint_path": None if found is None else found.path,
-            "estimated_remaining_epochs": None if total is None else max(0, total - next_epoch),
+            "estimated_remaining_epochs": remaining,
+            "expected_lost_seconds": saving_history.expected_lost_seconds(entries),
+            "expected_overhead": saving_history.expected_overhead(entries),
+            "resume_command": None if found is None or remaining == 0 else self._resume_command(found),
         }
+
+    def _resume_command(self, found: Found) -> str:
+        run = run_id() or (found.entry.run_id if found.entry is not None else None)
+        if run is not None:
+            return f"grd resume {run}"
+        return f"CheckpointHandler({str(self.checkpoint_dir)!r}).load_checkpoint()"
+
+    def seconds_between_interruptions(self) -> float | None:
+        """Mean training time between ends without warning, as the folder tells; None while there was none."""
+        return saving_history.seconds_between_interruptions(read_entries(self.checkpoint_dir))
 
     # --- stopping ---
 

@@ -40,7 +40,11 @@ def host_id() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One version of one file. ``epoch`` is the last completed one; ``step`` counts inside the next."""
+    """One version of one file. ``epoch`` is the last completed one; ``step`` counts inside the next.
+
+    ``seconds`` is what writing it took, ``work_seconds`` how long ago the save before it in this process
+    was, or the training began, ``stop`` the stop request it was written for; each None where not known.
+    """
 
     name: str
     size: int
@@ -55,6 +59,9 @@ class Entry:
     format: str
     total_epochs: int | None
     t: float
+    seconds: float | None = None
+    work_seconds: float | None = None
+    stop: str | None = None
 
     @property
     def is_ours(self) -> bool:
@@ -80,19 +87,34 @@ def _entry(record: dict[str, Any]) -> Entry | None:
             format=str(record.get("format", "")),
             total_epochs=None if record.get("total_epochs") is None else int(record["total_epochs"]),
             t=float(record.get("t", 0.0)),
+            seconds=_number(record.get("seconds")),
+            work_seconds=_number(record.get("work_seconds")),
+            stop=None if record.get("stop") is None else str(record["stop"]),
         )
     except (KeyError, TypeError, ValueError):
         return None
 
 
-def read_manifest(folder: Path) -> dict[str, list[Entry]]:
-    """Entries by file name, newest first; empty where there is no manifest or it cannot be read."""
-    entries: dict[str, list[Entry]] = {}
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def read_entries(folder: Path) -> list[Entry]:
+    """All entries, oldest first; empty where there is no manifest or it cannot be read."""
+    entries: list[Entry] = []
     with suppress(OSError):
         for _, record in read_json_lines(folder / MANIFEST_NAME):
             entry = _entry(record)
             if entry is not None:
-                entries.setdefault(entry.name, []).insert(0, entry)
+                entries.append(entry)
+    return entries
+
+
+def read_manifest(folder: Path) -> dict[str, list[Entry]]:
+    """`read_entries` by file name, newest first."""
+    entries: dict[str, list[Entry]] = {}
+    for entry in reversed(read_entries(folder)):
+        entries.setdefault(entry.name, []).append(entry)
     return entries
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from dataclasses import dataclass
@@ -20,6 +21,21 @@ UNMEASURED_SECONDS = 30.0
 CLOSEST_SECONDS = 1.0
 """Saves inside an epoch are at least this far apart: less work than a restart takes is not worth a file."""
 BIG_MODEL_PARAMETERS = 100_000_000
+
+
+def save_interval(
+    cost: float, *, max_lost_work: float, step: float = 0.0, between_interruptions: float | None = None
+) -> float:
+    """Seconds of training between saves that cost ``cost`` seconds each.
+
+    sqrt(2 cost M) with M seconds between interruptions (Young, CACM 17(9), 1974), which makes saving and
+    repeating together cheapest; cost / 3.5 % while M is unknown. At most ``max_lost_work``; at least one
+    ``step``, one save and one second.
+    """
+    wanted = cost / OVERHEAD
+    if between_interruptions is not None:
+        wanted = math.sqrt(2 * cost * between_interruptions)
+    return max(min(wanted, max_lost_work), step, cost, CLOSEST_SECONDS)
 
 
 def seed_interval(parameters: int) -> int:
@@ -51,9 +67,8 @@ class Every:
 class Schedule:
     """Decides after every step and epoch whether to save. Times are in seconds of one monotonic clock.
 
-    The measured rule: with a save costing c, every c / 3.5 %, at most ``max_lost_work`` apart, at least one
-    save, one step and one second apart; and once more before a known ``deadline``, two slow saves and a step
-    ahead of it.
+    The measured rule is `save_interval`; and once more before a known ``deadline``, two slow saves and a
+    step ahead of it. ``between_interruptions``: mean training time between ends without warning, if known.
     """
 
     def __init__(
@@ -64,11 +79,13 @@ class Schedule:
         max_lost_work: float,
         parameters: int = 0,
         deadline: float | None = None,
+        between_interruptions: float | None = None,
     ) -> None:
         self.every = every
         self.max_lost_work = max_lost_work
         self.parameters = parameters
         self.deadline = deadline
+        self.between_interruptions = between_interruptions
         self._last_save = now
         self._last_step = now
         self._cost: float | None = None
@@ -107,7 +124,12 @@ class Schedule:
         if self._cost is None:
             return None
         step = statistics.median(self._steps) if self._steps else 0.0
-        return max(min(self._cost / OVERHEAD, self.max_lost_work), step, self._cost, CLOSEST_SECONDS)
+        return save_interval(
+            self._cost,
+            max_lost_work=self.max_lost_work,
+            step=step,
+            between_interruptions=self.between_interruptions,
+        )
 
     @property
     def expected_overhead(self) -> float | None:

@@ -77,12 +77,17 @@ class Loop:
             self._arming.enter_context(interruption.armed())
             self._arming.enter_context(under_way("epochs"))
             self._restore()
+            between = None
+            if self.handler is not None:
+                between = self.handler.seconds_between_interruptions() if self.resume else None
+                self.handler.begin_work()
             self._schedule = Schedule(
                 self.every,
                 now=time.monotonic(),
                 max_lost_work=_seconds_from("GRD_MAX_LOST_WORK", Settings().max_lost_work),
                 parameters=count_parameters(self.parts.model),
                 deadline=_deadline(),
+                between_interruptions=between,
             )
             reason = interruption.stop_requested()
             if reason is not None:
