@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -76,9 +77,9 @@ def hosted_by(environment: Mapping[str, str]) -> str | None:
 
 
 def surroundings(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> Facts:
-    """kernel, libc, python_build, container, virtual_machine, scheduler_job, hosted_by. Never raises.
+    """kernel, libc, python_build, python_prefix, container, virtual_machine, scheduler_job, hosted_by.
 
-    The last four are None where no sign of one was found.
+    The last four are None where no sign of one was found. Never raises.
     """
     facts = Facts()
     facts.ask("kernel", platform.release, _NOT_TOLD)
@@ -86,6 +87,7 @@ def surroundings(root: Path = Path("/"), environment: Mapping[str, str] = os.env
     facts.ask(
         "python_build", lambda: f"{platform.python_implementation()} {platform.python_compiler()}", _NOT_TOLD
     )
+    facts.put("python_prefix", sys.prefix, _NOT_TOLD)
     facts.ask("container", lambda: container(root, environment), "no sign of a container was found")
     facts.ask("virtual_machine", lambda: virtual_machine(root), "no sign of a virtual machine was found")
     facts.ask("scheduler_job", lambda: scheduler_job(environment), "no scheduler's variables are set")
