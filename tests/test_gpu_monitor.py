@@ -218,7 +218,9 @@ def test_invented_gpus_are_called_so_in_every_line(project: Project) -> None:
     assert "invented" in shown.err
     told = project.grd("gpus", "--mock", "--seed", "1", "--json").json
     assert told["mock"] is True and all(gpu["mock"] for gpu in told["gpus"])
-    assert told["gpus"] == project.grd("gpus", "--json", "--seed", "1", env={"GRD_GPU_MOCK": "1"}).json["gpus"]
+    assert (
+        told["gpus"] == project.grd("gpus", "--json", "--seed", "1", env={"GRD_GPU_MOCK": "1"}).json["gpus"]
+    )
 
 
 def test_watching_prints_one_json_line_a_sample(project: Project) -> None:

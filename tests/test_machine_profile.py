@@ -353,3 +353,22 @@ def test_the_fingerprint_stays_with_the_machine_and_changes_with_it(profile_of: 
     ]
     assert len({fingerprint(other) for other in [first, *others]}) == len(others) + 1
     assert fingerprint(profile_of(H200, version="550.99")) == first["fingerprint"]
+
+
+# --- the report
+
+
+def test_the_report_tells_peaks_identity_and_measurements_after_the_plans_own_lines(profile_of: Any) -> None:
+    from grd.reports.hardware_section import render_hardware_section
+
+    profile = profile_of(H200)
+    measured = {
+        "compute": {"matmul": [{"dtype": "bf16", "tflops": 788.0}]},
+        "disks": {"/": {"write_mbs": 334.0}},
+    }
+    section = render_hardware_section({**profile, "measured": measured})
+    lines = section.splitlines()
+    assert any(line.startswith("- **Peak by Datasheet:** fp32 67.0 TFLOP/s, tf32 494.5") for line in lines)
+    assert "- **Matrix Product bf16:** 788.00 TFLOP/s" in lines
+    assert f"- **Fingerprint:** {profile['fingerprint']}" in lines
+    assert lines.index("### GPU") < lines.index("### Measured") < lines.index("### Identity")

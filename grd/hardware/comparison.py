@@ -19,7 +19,11 @@ EFFECTS: tuple[tuple[str, str, str], ...] = (
     (r"gpus\.count", RESULTS, "work is split among another number of devices"),
     (r"gpus\.\d+\.(name|compute_capability|mig_profile|architecture)", RESULTS, "other kernels are chosen"),
     (r"gpus\.\d+\.(driver_version|cuda_version)", RESULTS, "other kernels may be chosen"),
-    (r"gpus\.\d+\.(total_memory_gb|power_limit_w|clock_\w+|pcie_\w+_max|nvlinks_active)", COST, "speed, or room"),
+    (
+        r"gpus\.\d+\.(total_memory_gb|power_limit_w|clock_\w+|pcie_\w+_max|nvlinks_active)",
+        COST,
+        "speed, or room",
+    ),
     (r"gpus\.\d+\.uuid", NOTHING, "another device of the same kind"),
     (r"gpu_software\.(torch_cuda|torch_hip|cudnn|nccl)", RESULTS, "other libraries compute"),
     (r"frameworks\.(torch|tensorflow|jax|numpy)", RESULTS, "another version may compute otherwise"),

@@ -139,7 +139,7 @@ class GPUMonitor:
 
             nvml.nvmlInit()
         except Exception as error:
-            # Broad on purpose: a broken driver installation raises OSError, AttributeError and NVMLError alike.
+            # Broad on purpose: a broken driver raises OSError, AttributeError and NVMLError alike.
             self.reason = describe(error)
             return
         self._nvml = nvml
