@@ -1,0 +1,1 @@
+"""What a run, or a part of one, uses of the machine."""
