@@ -122,6 +122,19 @@ def test_another_process_can_be_measured_and_a_missing_one_is_said() -> None:
         capture_resource_snapshot(child.pid)
 
 
+def test_what_another_process_used_before_is_not_counted() -> None:
+    program = "b = bytearray(200 << 20); b[::4096] = b'x' * (200 << 8); del b; print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        with ResourceTracker(child) as tracker:
+            capture_resource_snapshot(child)
+        child.communicate(b"\n")
+    assert tracker.get_usage().peak_memory_mb < 100
+
+
 def test_without_a_gpu_its_memory_is_unknown_and_not_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("grd.hardware.monitor._monitors", {})
     monkeypatch.setitem(sys.modules, "pynvml", None)

@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 KIBIBYTE = 1024
-SHARING_FACTOR = 1.5
-"""From a sum of RSS this much above the largest process on, forks that share pages are likely: PSS is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TreeUse:
-    """A tree at one moment, in bytes and seconds. ``largest_bytes`` is the highest RSS of any one process yet."""
+    """A tree at one moment, in bytes and seconds.
+
+    ``sizes``: RSS by pid; ``marks``: the highest RSS by pid since its start or the last `reset_high_water`.
+    """
 
     pids: tuple[int, ...]
     rss_bytes: int
     vms_bytes: int
-    largest_bytes: int
+    sizes: dict[int, int]
+    marks: dict[int, int]
     cpu_seconds: float
 
 
@@ -29,7 +31,7 @@ def tree_pids(root: int) -> list[int]:
         pid = waiting.pop()
         found.append(pid)
         try:
-            threads = os.listdir(f"/proc/{pid}/task")
+            threads = [folder.name for folder in Path(f"/proc/{pid}/task").iterdir()]
         except OSError:
             continue
         for thread in threads:
@@ -52,7 +54,7 @@ def high_water_bytes(pid: int) -> int | None:
 
 
 def reset_high_water() -> bool:
-    """Start this process's high-water mark anew from its present RSS (proc(5), clear_refs); False if refused."""
+    """Start this process's high-water mark anew from its present RSS (proc(5)); False if refused."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -83,19 +85,21 @@ def _cpu_seconds(pid: int) -> float:
 def _by_psutil(root: int) -> TreeUse:
     import psutil
 
-    rss = vms = largest = 0
-    cpu, pids = 0.0, []
+    rss = vms = 0
+    cpu = 0.0
+    sizes: dict[int, int] = {}
+    marks: dict[int, int] = {}
     top = psutil.Process(root)
     for process in [top, *top.children(recursive=True)]:
         try:
             memory, times = process.memory_info(), process.cpu_times()
         except psutil.Error:
             continue
-        pids.append(process.pid)
-        rss, vms, largest = rss + memory.rss, vms + memory.vms, max(largest, memory.rss)
+        sizes[process.pid] = memory.rss
+        rss, vms = rss + memory.rss, vms + memory.vms
         cpu += times.user + times.system + getattr(times, "children_user", 0.0)
         cpu += getattr(times, "children_system", 0.0)
-    return TreeUse(pids=tuple(pids), rss_bytes=rss, vms_bytes=vms, largest_bytes=largest, cpu_seconds=cpu)
+    return TreeUse(pids=tuple(sizes), rss_bytes=rss, vms_bytes=vms, sizes=sizes, marks=marks, cpu_seconds=cpu)
 
 
 def measure_tree(root: int) -> TreeUse:
@@ -103,18 +107,22 @@ def measure_tree(root: int) -> TreeUse:
     if not Path("/proc/self/statm").exists():
         return _by_psutil(root)
     page = os.sysconf("SC_PAGE_SIZE")
-    rss = vms = largest = 0
-    cpu, pids = 0.0, []
+    rss = vms = 0
+    cpu = 0.0
+    sizes: dict[int, int] = {}
+    marks: dict[int, int] = {}
     for pid in tree_pids(root):
         try:
-            sizes = Path(f"/proc/{pid}/statm").read_text("ascii").split()
+            told = Path(f"/proc/{pid}/statm").read_text("ascii").split()
             seconds = _cpu_seconds(pid)
         except (OSError, IndexError, ValueError):
             if pid == root:
                 raise ProcessLookupError(f"there is no process {root}") from None
             continue
-        pids.append(pid)
-        vms, rss = vms + int(sizes[0]) * page, rss + int(sizes[1]) * page
-        largest = max(largest, high_water_bytes(pid) or int(sizes[1]) * page)
+        sizes[pid] = int(told[1]) * page
+        vms, rss = vms + int(told[0]) * page, rss + sizes[pid]
+        mark = high_water_bytes(pid)
+        if mark is not None:
+            marks[pid] = mark
         cpu += seconds
-    return TreeUse(pids=tuple(pids), rss_bytes=rss, vms_bytes=vms, largest_bytes=largest, cpu_seconds=cpu)
+    return TreeUse(pids=tuple(sizes), rss_bytes=rss, vms_bytes=vms, sizes=sizes, marks=marks, cpu_seconds=cpu)

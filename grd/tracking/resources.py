@@ -15,7 +15,6 @@ from typing import Any, Self
 
 from grd.hardware.monitor import get_gpu_monitor
 from grd.tracking.process_tree import (
-    SHARING_FACTOR,
     TreeUse,
     high_water_bytes,
     measure_tree,
@@ -31,7 +30,7 @@ GPU_SECONDS = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class ResourceSnapshot:
-    """A process tree at one moment; gpu_vram_mb is None where the driver does not tell it of these processes."""
+    """A process tree at one moment; gpu_vram_mb (MiB) is None where the driver does not list its processes."""
 
     wall_clock: float
     cpu_time_seconds: float
@@ -43,7 +42,7 @@ class ResourceSnapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class ResourceUsage:
-    """What was used between two snapshots; memory in MiB. gpu_vram_used_mb is None if unknown, never 0 for it."""
+    """What was used between two snapshots; memory in MiB. gpu_vram_used_mb is None, not 0, if unknown."""
 
     cpu_time_seconds: float
     wall_clock_seconds: float
@@ -94,7 +93,7 @@ def capture_resource_snapshot(process: Any = None, gpu_index: int | None = 0) ->
 def calculate_resource_usage(
     start: ResourceSnapshot, end: ResourceSnapshot, peak_bytes: int | None = None
 ) -> ResourceUsage:
-    """The difference of two snapshots. Without ``peak_bytes`` the peak is the larger of both, a lower bound."""
+    """The difference of two snapshots. Without ``peak_bytes`` the larger of both stands, a lower bound."""
     peak = max(start.rss_bytes, end.rss_bytes) if peak_bytes is None else peak_bytes
     return ResourceUsage(
         cpu_time_seconds=max(0.0, end.cpu_time_seconds - start.cpu_time_seconds),
@@ -125,7 +124,7 @@ def _note_marks() -> None:
     mark = high_water_bytes(os.getpid())
     for tracker in _active:
         if mark is not None and tracker.pid == os.getpid():
-            tracker.peak_bytes = max(tracker.peak_bytes, mark)
+            tracker.note_mark(mark)
 
 
 class ResourceTracker:
@@ -137,6 +136,7 @@ class ResourceTracker:
     def __init__(self, process: Any = None, gpu_index: int | None = 0) -> None:
         self.pid = _pid_of(process)
         self.peak_bytes = 0
+        self._marks_before: dict[int, int] = {}
         self._gpu_index = gpu_index
         self._gpu_peak: float | None = None
         self._usage: ResourceUsage | None = None
@@ -152,8 +152,11 @@ class ResourceTracker:
                 reset_high_water()
             _active.append(self)
         self._usage, self._done = None, threading.Event()
-        self._start = self._last = capture_resource_snapshot(self.pid, self._gpu_index)
-        self.peak_bytes, self._gpu_peak = 0, self._start.gpu_vram_mb
+        use = measure_tree(self.pid)
+        # A mark that was reached before this began is none of its own; only one that rises is.
+        self._marks_before = dict(use.marks)
+        self._start = self._last = _snapshot(use, self._gpu_index)
+        self.peak_bytes, self._gpu_peak = use.sizes[self.pid], self._start.gpu_vram_mb
         self._thread = threading.Thread(target=self._watch, name="grd-resources", daemon=True)
         self._thread.start()
         return self
@@ -187,6 +190,11 @@ class ResourceTracker:
             raise RuntimeError("the resource tracker has not ended yet: ask after its `with`")
         return self._usage
 
+    def note_mark(self, mark: int) -> None:
+        """Take the high-water mark of this process for the peak, if it rose since the start."""
+        if mark > self._marks_before.get(self.pid, 0):
+            self.peak_bytes = max(self.peak_bytes, mark)
+
     def _watch(self) -> None:
         shared_at = gpu_at = time.monotonic()
         while not self._done.wait(SAMPLE_SECONDS):
@@ -200,10 +208,9 @@ class ResourceTracker:
             use = measure_tree(self.pid)
         except (OSError, ValueError):
             return  # it has ended: what was seen last stands
-        known = use.largest_bytes
-        if use.rss_bytes < SHARING_FACTOR * use.largest_bytes and len(use.pids) == 1:
-            known = max(known, use.rss_bytes)
-        elif shared:
+        risen = [mark for pid, mark in use.marks.items() if mark > self._marks_before.get(pid, 0)]
+        known = max([*risen, *use.sizes.values()])
+        if shared and len(use.pids) > 1:
             known = max(known, shared_out_bytes(use.pids) or 0)
         self.peak_bytes = max(self.peak_bytes, known)
         last = self._last
