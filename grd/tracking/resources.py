@@ -30,7 +30,7 @@ GPU_SECONDS = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class ResourceSnapshot:
-    """A process tree at one moment; gpu_vram_mb (MiB) is None where the driver does not list its processes."""
+    """A process tree at one moment; gpu_vram_mb (MiB) is None where the driver lists none of it."""
 
     wall_clock: float
     cpu_time_seconds: float
