@@ -80,3 +80,16 @@ def test_explore_prints_the_documented_fields(project: Project) -> None:
     if explored.code != 0:
         pytest.fail(explored.err)
     check(explored.json, "grd.explore/1")
+    assert set(explored.json["profile"]) == documented("grd.hardware/1")
+
+
+def test_the_machines_commands_print_the_documented_fields(project: Project) -> None:
+    shown = project.grd("hardware", "show", "--json")
+    check(shown.json, "grd.hardware/1")
+    (project.path / "profile.json").write_text(shown.out)
+    check(project.grd("hardware", "diff", "profile.json", "now", "--json").json, "grd.hardware-diff/1")
+    told = project.grd("gpus", "--mock", "--json").json
+    check(told, "grd.gpus/1")
+    page = PAGE.read_text().split("## grd.gpus/1", 1)[1].split("\n## ", 1)[0]
+    assert all(f"`{name}`" in page for name in told["gpus"][0])
+    check(project.grd("benchmark", "--json").json, "grd.benchmark/1")

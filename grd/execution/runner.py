@@ -22,7 +22,7 @@ from grd import contract
 from grd.errors import GrdError
 from grd.execution.outcome import Outcome, storage_cause
 from grd.execution.stopping import Stopper
-from grd.files import atomic_write, write_json
+from grd.files import atomic_write, read_json, write_json
 from grd.runs import handover, store
 from grd.runs.events import Digest, EventLog, view_of
 from grd.runs.folder import RunFolder, process_marker
@@ -33,6 +33,9 @@ from grd.runs.recovery import resume_command
 
 RESERVE_BYTES = 256 * 1024
 """More than run.json, metrics.json and a last event need."""
+
+HARDWARE_SECONDS = 3.0
+"""A run shorter than the description of its machine waits so long for it: later attempts compare with it."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -51,6 +54,7 @@ class Runner:
         self.began = time.monotonic()
         self._saving = threading.Lock()
         self._beating = threading.Event()
+        self._hardware: threading.Thread | None = None
         seconds, reason = seconds_left(self.record)
         self.stopper = Stopper(
             deadline=self.began + max(0.0, seconds),
@@ -74,6 +78,8 @@ class Runner:
             outcome = _outcome_of_crash(error)
         finally:
             reap(process_marker(self.record.run_id, self.attempt.number))
+        if self._hardware is not None:
+            self._hardware.join(HARDWARE_SECONDS)
         self._end(outcome)
         self._beating.set()
         heart.join(2.0)
@@ -105,7 +111,8 @@ class Runner:
         self.events.write(contract.EVENT_STATE, state=contract.RUNNING, resume=attempt.resume)
         store.save(self.folder, record)
         store.link_output(self.folder, attempt.number)
-        threading.Thread(target=self._describe_hardware, name="grd-hardware", daemon=True).start()
+        self._hardware = threading.Thread(target=self._describe_hardware, name="grd-hardware", daemon=True)
+        self._hardware.start()
         self._tell_state_page()
 
     def _tell_state_page(self) -> None:
@@ -116,11 +123,40 @@ class Runner:
             print(f"STATE.md was left as it is: {error}", file=sys.stderr)
 
     def _describe_hardware(self) -> None:
-        """What this attempt runs on, beside the work: nothing waits for it."""
+        """What this attempt runs on, beside the work; a resume on another machine is pointed out."""
         from grd.hardware import capture_hardware_profile
 
+        profile = capture_hardware_profile(
+            self.folder.path,
+            checkpoint_dir=Path(self.record.checkpoint_dir),
+            code_dir=Path(self.record.working_dir),
+        )
+        before = self._hardware_before() if self.attempt.resume else None
         with contextlib.suppress(OSError, ValueError):
-            write_json(self.folder.hardware, capture_hardware_profile(self.folder.path), durable=False)
+            write_json(self.paths.hardware, profile, durable=False)
+            write_json(self.folder.hardware, profile, durable=False)
+        if before is not None:
+            self._warn_of_another_machine(*before, profile)
+
+    def _hardware_before(self) -> tuple[int, dict[str, Any]] | None:
+        """The newest earlier attempt whose machine is known, and that machine's profile."""
+        for number in range(self.attempt.number - 1, 0, -1):
+            with contextlib.suppress(OSError, ValueError):
+                return number, dict(read_json(self.folder.attempt(number).hardware))
+        return None
+
+    def _warn_of_another_machine(self, number: int, before: dict[str, Any], now: dict[str, Any]) -> None:
+        from grd.hardware.comparison import machine_change
+
+        change = machine_change(before, now)
+        if change is not None:
+            run, attempt = self.record.run_id, self.attempt.number
+            message = (
+                f"attempt {attempt} runs on another machine than attempt {number} did: {change}; "
+                f"its results may differ; see: grd hardware diff {run}@{number} {run}@{attempt}"
+            )
+            self.events.write(contract.EVENT_WARNING, message=message)
+            self.record.warnings.append(message)
 
     def _prepare_checkpoints(self) -> None:
         """A new lineage must not find later epochs of an older one."""

@@ -16,6 +16,7 @@ from typing import Any
 from grd import settings
 from grd.errors import GrdError
 from grd.files import read_json, take_lock, write_json
+from grd.hardware.cpu_details import cpu_details
 from grd.hardware.facts import Facts, describe, run_limited
 from grd.hardware.limits import Limits
 
@@ -139,10 +140,16 @@ def _frequency(psutil: Any) -> float | None:
     return round(float(frequency.current), 1) if frequency and frequency.current > 0 else None
 
 
-def cpu_facts(limits: Limits, answer: Mapping[str, Any], *, root: Path = Path("/")) -> Facts:
-    """brand, architecture, cores_physical, cores_logical, cores_usable (and its source), frequency_mhz.
+def _highest_frequency(psutil: Any) -> float | None:
+    frequency = psutil.cpu_freq()
+    return round(float(frequency.max), 1) if frequency and frequency.max > 0 else None
 
-    ``answer`` is `cpuinfo_answer`'s. Frequency in MHz, as it is now. Never raises.
+
+def cpu_facts(limits: Limits, answer: Mapping[str, Any], *, root: Path = Path("/")) -> Facts:
+    """brand, architecture, cores and what bounds them, frequencies, and `grd.hardware.cpu_details`' fields.
+
+    cores_usable is the smallest of cores_logical and core_limits, which lists each limit with its source.
+    frequency_mhz is the one of this moment. ``answer`` is `cpuinfo_answer`'s. Never raises.
     """
     facts = Facts()
     unnamed = str(answer.get("reason") or "the processor tells no name")
@@ -152,7 +159,7 @@ def cpu_facts(limits: Limits, answer: Mapping[str, Any], *, root: Path = Path("/
         import psutil
     except ImportError as error:
         reason = f"psutil: {describe(error)}"
-        for name in ("cores_physical", "cores_logical", "frequency_mhz"):
+        for name in ("cores_physical", "cores_logical", "frequency_mhz", "frequency_max_mhz"):
             facts.put(name, None, reason)
         logical = None
     else:
@@ -161,7 +168,16 @@ def cpu_facts(limits: Limits, answer: Mapping[str, Any], *, root: Path = Path("/
             "cores_logical", lambda: psutil.cpu_count(logical=True), "the platform does not tell"
         )
         facts.ask("frequency_mhz", lambda: _frequency(psutil), "the platform reports no frequency")
+        facts.ask(
+            "frequency_max_mhz",
+            lambda: _highest_frequency(psutil),
+            "the platform reports no highest frequency",
+        )
     usable, source = limits.usable_cores(logical)
     facts.put("cores_usable", usable, "neither the cores nor a limit on them is known")
     facts.put("cores_usable_source", source, "neither the cores nor a limit on them is known")
+    facts.put(
+        "core_limits", [{"cores": limit.cores, "source": limit.source} for limit in limits.cores], "unknown"
+    )
+    facts.add(cpu_details(root))
     return facts

@@ -57,6 +57,13 @@ class Facts:
             self.put(name, answer, reason)
         return self.values[name]
 
+    def add(self, others: Facts) -> None:
+        """Take over all values and reasons of another group."""
+        for name in others.values:
+            self.values[name] = others.values[name]
+            self.reasons.pop(name, None)
+        self.reasons.update(others.reasons)
+
 
 def run_limited(argv: Sequence[str], seconds: float) -> bytes:
     """Standard output of a command, which is killed with all its children after ``seconds``.

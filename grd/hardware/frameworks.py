@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from grd.hardware.facts import Facts
+from grd.hardware.facts import Facts, describe
 
 GIBIBYTE = 1024**3
 MEBIBYTE = 1024**2
@@ -27,6 +27,11 @@ DISTRIBUTIONS = {
     "papermill": ("papermill",),
     "ipykernel": ("ipykernel",),
 }
+CUDA_LIBRARIES = {
+    "cudnn": ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "nvidia-cudnn-cu11"),
+    "nccl": ("nvidia-nccl-cu13", "nvidia-nccl-cu12", "nvidia-nccl-cu11"),
+}
+"""Distributions that torch's CUDA builds bring their libraries in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +87,27 @@ def framework_versions() -> Facts:
     facts = Facts()
     for name, distributions in DISTRIBUTIONS.items():
         facts.ask(name, lambda names=distributions: _version(names), "not installed")  # type: ignore[misc]
+    return facts
+
+
+def gpu_software(driver: str | None, driver_cuda: str | None) -> Facts:
+    """driver, driver_cuda (the newest CUDA it supports), torch_cuda, torch_hip, cudnn, nccl. Never raises.
+
+    What torch was built for is read from its files: nothing is imported.
+    """
+    facts = Facts()
+    facts.put("driver", driver, "no NVIDIA driver answers")
+    facts.put("driver_cuda", driver_cuda, "no NVIDIA driver answers")
+    try:
+        build, unknown = installed_torch(), "torch is not installed"
+    except (OSError, SyntaxError, ValueError, ImportError) as error:
+        build, unknown = None, describe(error)
+    if build is not None:
+        unknown = f"torch {build.version} is built without it"
+    facts.put("torch_cuda", build.cuda if build else None, unknown)
+    facts.put("torch_hip", build.hip if build else None, unknown)
+    for name, distributions in CUDA_LIBRARIES.items():
+        facts.ask(name, lambda names=distributions: _version(names), "no package of it is installed")  # type: ignore[misc]
     return facts
 
 

@@ -14,6 +14,8 @@ from typing import Any
 from grd.hardware.facts import Facts, describe, run_limited
 from grd.hardware.frameworks import TorchBuild, installed_torch
 from grd.hardware.nvml import GIBIBYTE, GpuFinding, find_by_nvml
+from grd.hardware.nvml_details import unknown_details
+from grd.hardware.peaks import peaks_of
 from grd.hardware.visible import VARIABLE, visible_devices
 
 GPUTIL_SECONDS = 10.0
@@ -37,13 +39,15 @@ class Gpus:
 
     Each device's facts hold index, uuid, name, total_memory_gb (GiB), compute_capability ("9.0"),
     driver_version and cuda_version: the installed torch's own, else the newest the driver supports, as
-    cuda_version_source says.
+    cuda_version_source says; the fields of `grd.hardware.nvml_details`; and peak_tflops by number type with
+    peak_source.
     """
 
     devices: tuple[Facts, ...] = ()
     source: str | None = None
     reason: str | None = None
     driver: str | None = None
+    driver_cuda: str | None = None
     notes: tuple[str, ...] = field(default=())
 
 
@@ -55,6 +59,8 @@ def _torch_device(torch: Any, index: int) -> Facts:
     facts.put("name", properties.name, "torch does not tell")
     facts.ask("total_memory_gb", lambda: properties.total_memory / GIBIBYTE, "torch does not tell")
     facts.ask("compute_capability", lambda: f"{properties.major}.{properties.minor}", "torch does not tell")
+    facts.add(unknown_details("NVML is not there to tell"))
+    facts.ask("multi_processor_count", lambda: properties.multi_processor_count, "torch does not tell")
     return facts
 
 
@@ -91,6 +97,7 @@ def _gputil_device(answer: Mapping[str, Any]) -> Facts:
         facts.put(name, answer[name], "nvidia-smi does not tell")
     facts.ask("total_memory_gb", lambda: float(answer["mebibytes"]) / 1024, "nvidia-smi does not tell")
     facts.put("compute_capability", None, "GPUtil does not tell")
+    facts.add(unknown_details("NVML is not there to tell"))
     return facts
 
 
@@ -121,6 +128,24 @@ def _torch_build() -> TorchBuild | None:
         return None
 
 
+def _peaks(device: Facts) -> Facts:
+    """peak_tflops by number type, and the datasheet it is from; a part of a card has no datasheet."""
+    facts = Facts()
+    if device.values.get("mig_enabled"):
+        reason, row = "a card that is split by MIG has no peak of its own", None
+    else:
+        row = peaks_of(device.values["name"] or "")
+        reason = "no datasheet of a device of this name is on grd's list; see: grd benchmark"
+        memory = device.values["total_memory_gb"]
+        # A partition of an AMD card has the whole card's name, but not its memory.
+        if row is not None and row.memory_gb and memory and memory * GIBIBYTE < 0.8e9 * row.memory_gb:
+            row, reason = None, "its memory is not that of the whole card of this name"
+    known = {} if row is None else {name: rate for name, rate in row.tflops.items() if rate is not None}
+    facts.put("peak_tflops", known or None, reason)
+    facts.put("peak_source", row.source if row else None, reason)
+    return facts
+
+
 def _complete(finding: GpuFinding, build: TorchBuild | None, driver: str | None) -> Gpus:
     """Add to each device what belongs to the machine: driver and CUDA version."""
     notes = list(finding.notes)
@@ -133,7 +158,14 @@ def _complete(finding: GpuFinding, build: TorchBuild | None, driver: str | None)
         facts.put("driver_version", finding.driver or driver, "no source tells it")
         facts.put("cuda_version", cuda, "neither torch nor the driver tells it")
         facts.put("cuda_version_source", cuda_source if cuda else None, "cuda_version is unknown")
-    return Gpus(devices=finding.devices, source=finding.source, driver=driver, notes=tuple(notes))
+        facts.add(_peaks(facts))
+    return Gpus(
+        devices=finding.devices,
+        source=finding.source,
+        driver=finding.driver or driver,
+        driver_cuda=finding.driver_cuda,
+        notes=tuple(notes),
+    )
 
 
 def find_gpus(*, allow_torch_import: bool = False, environment: Mapping[str, str] = os.environ) -> Gpus:
@@ -153,4 +185,4 @@ def find_gpus(*, allow_torch_import: bool = False, environment: Mapping[str, str
     if last.devices:
         return _complete(replace(last, driver=last.driver or nvml.driver), build, nvml.driver)
     reason = "; ".join(f"{finding.source}: {finding.reason}" for finding in findings)
-    return Gpus(reason=reason, driver=nvml.driver)
+    return Gpus(reason=reason, driver=nvml.driver, driver_cuda=nvml.driver_cuda)

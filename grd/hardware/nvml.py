@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grd.hardware.facts import Facts, describe
+from grd.hardware.nvml_details import nvml_details, unknown_details
+from grd.hardware.nvml_details import text as _text
 from grd.hardware.visible import VARIABLE, order_is_doubtful, visible_devices
 
 GIBIBYTE = 1024**3
@@ -28,10 +30,6 @@ class GpuFinding:
     notes: tuple[str, ...] = field(default=())
 
 
-def _text(value: Any) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-
-
 def _capability(nvml: Any, handle: Any) -> str:
     try:
         major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
@@ -50,6 +48,7 @@ def _device(nvml: Any, handle: Any, index: int | None) -> Facts:
     facts.ask("name", lambda: _text(nvml.nvmlDeviceGetName(handle)), unsaid)
     facts.ask("total_memory_gb", lambda: nvml.nvmlDeviceGetMemoryInfo(handle).total / GIBIBYTE, unsaid)
     facts.ask("compute_capability", lambda: _capability(nvml, handle), unsaid)
+    facts.add(nvml_details(nvml, handle))
     return facts
 
 
@@ -62,6 +61,7 @@ def _listed(nvml: Any, index: int) -> tuple[Any, Facts]:
         facts.put("index", index, "")
         for name in ("uuid", "name", "total_memory_gb", "compute_capability"):
             facts.put(name, None, describe(error))
+        facts.add(unknown_details(describe(error)))
         return None, facts
     return handle, _device(nvml, handle, index)
 
@@ -90,13 +90,19 @@ def _select(nvml: Any, environment: Mapping[str, str], driver: Facts) -> GpuFind
     if not chosen:
         hidden = f"{VARIABLE}={setting!r} selects none of the {count} GPU(s) of this machine"
         return GpuFinding(source="nvml", reason=hidden, final=True, **known)
-    notes: tuple[str, ...] = ()
+    notes = []
     if order_is_doubtful(environment, [facts.values["name"] for facts in devices]):
-        notes = (
+        notes.append(
             f"{VARIABLE} counts GPUs in CUDA's order, which the driver cannot tell for mixed models: "
-            "set CUDA_DEVICE_ORDER=PCI_BUS_ID",
+            "set CUDA_DEVICE_ORDER=PCI_BUS_ID"
         )
-    return GpuFinding(source="nvml", devices=tuple(chosen), final=True, notes=notes, **known)
+    for facts in chosen:
+        if facts.values["mig_enabled"] and facts.values["mig_profile"] is None:
+            notes.append(
+                f"{facts.values['name']} ({facts.values['uuid']}) is split by MIG: a CUDA program sees "
+                f"one of its instances; name one in {VARIABLE}"
+            )
+    return GpuFinding(source="nvml", devices=tuple(chosen), final=True, notes=tuple(notes), **known)
 
 
 def find_by_nvml(environment: Mapping[str, str]) -> GpuFinding:

@@ -2,100 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import warnings
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from grd.hardware.code_version import code_version
 from grd.hardware.cpu import cpu_facts, cpuinfo_answer, read_boot_id
+from grd.hardware.disks import disk_facts
 from grd.hardware.facts import Facts, describe
-from grd.hardware.frameworks import framework_versions
+from grd.hardware.fingerprint import fingerprint
+from grd.hardware.frameworks import framework_versions, gpu_software
 from grd.hardware.gpus import Gpus, find_gpus
-from grd.hardware.limits import Limits, current_limits
-from grd.hardware.mounts import mount_of, read_mounts
+from grd.hardware.limits import current_limits
+from grd.hardware.memory import memory_facts
+from grd.hardware.numerics import numerics_environment, torch_switches
+from grd.hardware.surroundings import surroundings
 
 SCHEMA = "grd.hardware/1"
-GIBIBYTE = 1024**3
 
 _NOT_TOLD = "the platform does not tell"
-
-
-def _gib(number_of_bytes: float | None) -> float | None:
-    return None if number_of_bytes is None else number_of_bytes / GIBIBYTE
-
-
-def memory_facts(limits: Limits) -> Facts:
-    """total_gb, available_gb, limit_gb, limit_source, swap_total_gb, in GiB. Never raises.
-
-    total_gb is the machine's; limit_gb the tightest limit below it; available_gb what this process can still
-    get under both. Swap of 0 is a machine without swap.
-    """
-    facts = Facts()
-    try:
-        import psutil
-
-        memory = psutil.virtual_memory()
-        total, available = int(memory.total), int(memory.available)
-    except Exception as error:
-        total, available, unknown = None, None, f"psutil: {describe(error)}"
-    else:
-        unknown = _NOT_TOLD
-    facts.put("total_gb", _gib(total or None), unknown)
-    facts.put(
-        "available_gb", _gib(None if available is None else limits.memory_available(available)), unknown
-    )
-    limit = limits.memory_limit(total)
-    unlimited = "no limit below the machine's memory was found"
-    if limits.unreadable:
-        unlimited = f"not every limit could be read: {', '.join(limits.unreadable[:3])}"
-    facts.put("limit_gb", _gib(limit.limit) if limit else None, unlimited)
-    facts.put("limit_source", limit.source if limit else None, unlimited)
-    facts.ask("swap_total_gb", _swap_total, _NOT_TOLD)
-    return facts
-
-
-def _swap_total() -> float | None:
-    import psutil
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # psutil warns where /proc/vmstat is missing
-        return _gib(psutil.swap_memory().total)
-
-
-def _nearest_folder(path: Path) -> Path:
-    path = Path(os.path.realpath(path))
-    return next(folder for folder in (path, *path.parents) if folder.exists())
-
-
-def disk_facts(path: Path, *, root: Path = Path("/")) -> Facts:
-    """total_gb, free_gb (GiB this user may fill), path, mount, fs_type of the disk that holds ``path``.
-
-    A path that does not exist yet stands for its nearest folder that does. Never raises.
-    """
-    facts = Facts()
-    facts.ask("path", lambda: str(_nearest_folder(path)), _NOT_TOLD)
-    folder = facts.values["path"]
-    try:
-        usage = os.statvfs(_nearest_folder(path))
-    except OSError as error:
-        facts.put("total_gb", None, describe(error))
-        facts.put("free_gb", None, describe(error))
-    else:
-        # Some network file systems answer 0 blocks: they do not know their size.
-        known = usage.f_blocks > 0
-        facts.put("total_gb", usage.f_blocks * usage.f_frsize / GIBIBYTE if known else None, _NOT_TOLD)
-        facts.put("free_gb", usage.f_bavail * usage.f_frsize / GIBIBYTE if known else None, _NOT_TOLD)
-    try:
-        mount = mount_of(Path(folder), read_mounts(root)) if folder else None
-        unknown = "no mount is listed for it"
-    except OSError as error:
-        mount, unknown = None, describe(error)
-    facts.put("mount", mount.point if mount else None, unknown)
-    facts.put("fs_type", mount.fs_type if mount else None, unknown)
-    return facts
 
 
 def system_facts(root: Path = Path("/")) -> Facts:
@@ -108,6 +36,26 @@ def system_facts(root: Path = Path("/")) -> Facts:
     return facts
 
 
+class _Cpuinfo:
+    """py-cpuinfo's answer, asked for beside the other probes: the first time in a boot it takes 1.2 s."""
+
+    def __init__(self, root: Path) -> None:
+        self._told: Mapping[str, Any] = {"reason": "py-cpuinfo was not asked"}
+        self._thread = threading.Thread(target=self._ask, args=(root,), name="grd-cpuinfo", daemon=True)
+        self._thread.start()
+
+    def _ask(self, root: Path) -> None:
+        try:
+            self._told = cpuinfo_answer(root=root)
+        except Exception as error:
+            self._told = {"reason": f"py-cpuinfo: {describe(error)}"}
+
+    def answer(self) -> Mapping[str, Any]:
+        """Wait for it; what it asks has limits of its own."""
+        self._thread.join()
+        return self._told
+
+
 def _add(profile: dict[str, Any], group: str | None, facts: Facts) -> None:
     target = profile if group is None else profile[group]
     target.update(facts.values)
@@ -115,11 +63,17 @@ def _add(profile: dict[str, Any], group: str | None, facts: Facts) -> None:
     profile["reasons"].update({f"{prefix}{name}": reason for name, reason in facts.reasons.items()})
 
 
-def _add_disk(profile: dict[str, Any], folder: Path, root: Path) -> None:
-    _add(profile, "disk", disk_facts(folder, root=root))
-    facts = disk_facts(Path("/"), root=root)
-    profile["disk"]["root"] = facts.values
-    profile["reasons"].update({f"disk.root.{name}": reason for name, reason in facts.reasons.items()})
+def _add_disks(profile: dict[str, Any], project: Path, checkpoints: Path | None, root: Path) -> None:
+    _add(profile, "disk", disk_facts(project, root=root))
+    reasons = profile["reasons"]
+    for name, folder in (("root", Path("/")), ("checkpoints", checkpoints)):
+        if folder is None:
+            profile["disk"][name] = None
+            reasons[f"disk.{name}"] = "no folder for checkpoints was named"
+            continue
+        facts = disk_facts(folder, root=root)
+        profile["disk"][name] = facts.values
+        reasons.update({f"disk.{name}.{key}": reason for key, reason in facts.reasons.items()})
 
 
 def _add_gpus(profile: dict[str, Any], gpus: Gpus) -> None:
@@ -136,39 +90,74 @@ def _add_gpus(profile: dict[str, Any], gpus: Gpus) -> None:
             if index == 0:
                 reasons[f"gpu.{name}"] = reason
     profile["notes"] += gpus.notes
+    _add(profile, "gpu_software", gpu_software(gpus.driver, gpus.driver_cuda))
+
+
+def _add_numerics(profile: dict[str, Any]) -> None:
+    profile["numerics"]["environment"] = numerics_environment()
+    _add(profile, "numerics", torch_switches())
+
+
+def _add_measured(profile: dict[str, Any]) -> None:
+    from grd.hardware.benchmark import last_benchmark
+
+    profile["measured"] = last_benchmark(profile["fingerprint"])
+    if profile["measured"] is None:
+        profile["reasons"]["measured"] = "nothing was measured on this machine yet; see: grd benchmark"
 
 
 def capture_hardware_profile(
-    project_dir: Path | None = None, *, allow_torch_import: bool = False, root: Path = Path("/")
+    project_dir: Path | None = None,
+    *,
+    checkpoint_dir: Path | None = None,
+    code_dir: Path | None = None,
+    allow_torch_import: bool = False,
+    root: Path = Path("/"),
 ) -> dict[str, Any]:
     """What this machine is and what of it this process may use, as a dict that JSON can hold; never raises.
 
-    Keys: cpu, memory and disk (GiB), gpu (the first device, or None), gpus (all), frameworks, notes, and
-    reasons, which maps the path of every value that is None ("cpu.frequency_mhz") to why. disk is that of
-    ``project_dir`` (default: the current folder), disk.root that of "/". ``allow_torch_import`` lets torch be
-    imported to ask it for GPUs, which takes seconds. ``root`` stands for "/" where /proc and /sys are read.
+    Keys: cpu, memory and disk (GiB), gpu (the first device, or None), gpus (all), gpu_software, frameworks,
+    system, numerics (variables and switches that change results), code (git), measured (`grd benchmark`'s
+    figures), fingerprint, notes, and reasons, which maps the path of every value that is None
+    ("cpu.frequency_mhz") to why. disk is that of ``project_dir`` (default: the current folder), disk.root
+    that of "/", disk.checkpoints that of ``checkpoint_dir``; code is that of ``code_dir`` (default:
+    ``project_dir``). ``allow_torch_import`` lets torch be imported to ask it for GPUs, which takes seconds.
+    ``root`` stands for "/" where /proc and /sys are read.
     """
+    project = project_dir or Path()
     profile: dict[str, Any] = {
         "schema": SCHEMA,
         "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
+        "fingerprint": None,
         "cpu": {},
         "memory": {},
-        "disk": {"root": {}},
+        "disk": {"root": {}, "checkpoints": {}},
         "gpu": None,
         "gpus": [],
         "gpu_source": None,
+        "gpu_software": {},
         "frameworks": {},
+        "system": {},
+        "numerics": {"environment": {}},
+        "code": {},
+        "measured": None,
         "reasons": {},
         "notes": [],
     }
+    cpuinfo = _Cpuinfo(root)
     limits = current_limits(root)
     groups: dict[str, Callable[[], None]] = {
-        "system": lambda: _add(profile, None, system_facts(root)),
-        "cpu": lambda: _add(profile, "cpu", cpu_facts(limits, cpuinfo_answer(root=root), root=root)),
-        "memory": lambda: _add(profile, "memory", memory_facts(limits)),
-        "disk": lambda: _add_disk(profile, project_dir or Path(), root),
+        "hostname": lambda: _add(profile, None, system_facts(root)),
+        "memory": lambda: _add(profile, "memory", memory_facts(limits, root)),
+        "disk": lambda: _add_disks(profile, project, checkpoint_dir, root),
         "gpu": lambda: _add_gpus(profile, find_gpus(allow_torch_import=allow_torch_import)),
         "frameworks": lambda: _add(profile, "frameworks", framework_versions()),
+        "system": lambda: _add(profile, "system", surroundings(root)),
+        "numerics": lambda: _add_numerics(profile),
+        "code": lambda: _add(profile, "code", code_version(code_dir or project)),
+        "cpu": lambda: _add(profile, "cpu", cpu_facts(limits, cpuinfo.answer(), root=root)),
+        "fingerprint": lambda: profile.update(fingerprint=fingerprint(profile)),
+        "measured": lambda: _add_measured(profile),
     }
     for name, add in groups.items():
         try:

@@ -134,6 +134,11 @@ class AttemptFolder:
         return self.path / "journal.jsonl"
 
     @property
+    def hardware(self) -> Path:
+        """What this attempt ran on; the run's own ``hardware`` is that of the newest attempt."""
+        return self.path / "hardware.json"
+
+    @property
     def on_end_log(self) -> Path:
         """stdout and stderr of the command that ``--on-end`` named."""
         return self.path / "on_end.log"

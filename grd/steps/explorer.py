@@ -48,7 +48,8 @@ class Exploration:
     def summary(self) -> list[str]:
         """Five short lines for people: CPU, memory, disk, GPU, and what is unknown."""
         cpu, memory, disk = (self.profile.get(name) or {} for name in ("cpu", "memory", "disk"))
-        gpu, unknown = self.profile.get("gpu"), sorted(self.profile.get("reasons", {}))
+        gpu = self.profile.get("gpu")
+        unknown = [name for name in self.profile.get("reasons", {}) if name.split(".")[0] in _TOLD_ABOUT]
         limit = f", limit {quantity(memory['limit_gb'], 'GB')}" if memory.get("limit_gb") else ""
         device = "none detected"
         if gpu:
@@ -62,12 +63,24 @@ class Exploration:
             f"Disk    {quantity(disk.get('free_gb'), 'GB')} free of {quantity(disk.get('total_gb'), 'GB')} "
             f"at {disk.get('path') or 'unknown'}",
             f"GPU     {device}",
-            f"Unknown {', '.join(unknown) or 'nothing'}",
+            f"Unknown {_listed(unknown)}",
         ]
 
     def _repr_html_(self) -> str:
         rows = "".join(f"<li>{html.escape(line)}</li>" for line in self.summary())
         return f"<p>Hardware profile in <code>{html.escape(str(self.report_path))}</code></p><ul>{rows}</ul>"
+
+
+_TOLD_ABOUT = ("cpu", "memory", "disk", "gpu")
+"""Parts of the profile whose unknown values are worth a word on the screen; the JSON has all."""
+MOST_NAMED = 8
+
+
+def _listed(names: list[str]) -> str:
+    more = (
+        f" and {len(names) - MOST_NAMED} more, with reasons in the profile" if len(names) > MOST_NAMED else ""
+    )
+    return f"{', '.join(sorted(names)[:MOST_NAMED])}{more}" if names else "nothing"
 
 
 def _literal(path: Path) -> str:

@@ -27,6 +27,9 @@ _COMMANDS = {
     "result": ("grd.interfaces.cli.looking", "result", "Metrics of a run and where its files lie."),
     "rm": ("grd.interfaces.cli.tidying", "rm", "Delete runs that are not under way."),
     "gc": ("grd.interfaces.cli.tidying", "gc", "Delete what runs no longer need."),
+    "hardware": ("grd.interfaces.cli.machine", "hardware", "Show this machine's profile; compare machines."),
+    "gpus": ("grd.interfaces.cli.machine", "gpus", "What each GPU is doing now."),
+    "benchmark": ("grd.interfaces.cli.machine", "benchmark", "Measure this machine for five seconds."),
     "config": ("grd.interfaces.cli.config", "config", "The settings in force and where they come from."),
 }
 

@@ -1,0 +1,132 @@
+"""Which version of the code this is: git's commit and branch, and whether anything was changed since.
+
+Commit, branch and remote are read from git's own files, which needs no git and costs no process; only
+whether there are changes is asked of git, with a limit.
+"""
+
+from __future__ import annotations
+
+import configparser
+import hashlib
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from grd.hardware.facts import Facts, run_limited
+
+GIT_SECONDS = 5.0
+"""git answers in milliseconds; in a huge repository on a network disk it is not waited for any longer."""
+
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A work tree: ``own`` is its git folder, ``common`` the one that holds refs and configuration."""
+
+    tree: Path
+    own: Path
+    common: Path
+
+
+def find_repository(folder: Path) -> Repository | None:
+    """The work tree that holds ``folder``, or None. Raises OSError if git's files cannot be read."""
+    for tree in (folder.resolve(), *folder.resolve().parents):
+        dot_git = tree / ".git"
+        if dot_git.is_file():  # a linked work tree or a submodule
+            named = dot_git.read_text("utf-8").partition("gitdir:")[2].strip()
+            own = (tree / named).resolve()
+        elif dot_git.is_dir():
+            own = dot_git
+        else:
+            continue
+        common = own / "commondir"
+        shared = (own / common.read_text("utf-8").strip()).resolve() if common.is_file() else own
+        return Repository(tree, own, shared)
+    return None
+
+
+def _resolve(repository: Repository, ref: str) -> str | None:
+    for folder in (repository.own, repository.common):
+        loose = folder / ref
+        if loose.is_file():
+            text = loose.read_text("ascii").strip()
+            return text if _HASH.fullmatch(text) else None
+    packed = repository.common / "packed-refs"
+    if packed.is_file():
+        for line in packed.read_text("utf-8", "replace").splitlines():
+            commit, _, name = line.partition(" ")
+            if name == ref and _HASH.fullmatch(commit):
+                return commit
+    return None
+
+
+def _head(repository: Repository) -> tuple[str | None, str | None]:
+    """Commit and branch; the branch is None where HEAD is detached, the commit before the first one."""
+    text = (repository.own / "HEAD").read_text("utf-8").strip()
+    if not text.startswith("ref:"):
+        return (text if _HASH.fullmatch(text) else None), None
+    ref = text.partition("ref:")[2].strip()
+    return _resolve(repository, ref), ref.removeprefix("refs/heads/")
+
+
+def without_credentials(url: str) -> str:
+    """A remote's URL without user and password, and without a query, which may hold a token."""
+    bare = re.sub(r"^([a-z][a-z0-9+.-]*://)[^/@]*@", r"\1", url.strip(), flags=re.IGNORECASE)
+    return bare.partition("?")[0]
+
+
+def _remote(repository: Repository) -> str | None:
+    config = configparser.RawConfigParser(strict=False, allow_no_value=True)
+    text = (repository.common / "config").read_text("utf-8", "replace")
+    config.read_string("\n".join(line.strip() for line in text.splitlines()))
+    url = config.get('remote "origin"', "url", fallback=None)
+    return without_credentials(url) if url else None
+
+
+def _changes(repository: Repository) -> str:
+    """A digest of what differs from the commit, tracked and untracked; "" for nothing.
+
+    Raises OSError, TimeoutError or RuntimeError if git cannot tell.
+    """
+    # No optional locks: looking must not disturb a git that works in the same tree. No external programs:
+    # a repository's own configuration must not run code here.
+    git = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", "-C", str(repository.tree)]
+    status = run_limited([*git, "status", "--porcelain=v1", "--untracked-files=normal", "-z"], GIT_SECONDS)
+    if not status:
+        return ""
+    difference = run_limited([*git, "diff", "--no-ext-diff", "--no-textconv", "HEAD"], GIT_SECONDS)
+    return hashlib.sha256(status + b"\0" + difference).hexdigest()
+
+
+def code_version(folder: Path, *, ask_git: bool = True) -> Facts:
+    """commit, branch, remote, dirty, changes_sha256 of the git work tree around ``folder``. Never raises.
+
+    ``changes_sha256`` names the uncommitted changes, so that two dirty runs can be told apart.
+    """
+    facts = Facts()
+    names = ("commit", "branch", "remote", "dirty", "changes_sha256")
+    try:
+        repository = find_repository(folder)
+    except (OSError, ValueError) as error:
+        repository, unknown = None, f"git's files cannot be read: {error}"
+    else:
+        unknown = "not in a git repository"
+    if repository is None:
+        for name in names:
+            facts.put(name, None, unknown)
+        return facts
+    found = repository
+    facts.ask("commit", lambda: _head(found)[0], "there is no commit yet")
+    facts.ask("branch", lambda: _head(found)[1], "HEAD is detached")
+    facts.ask("remote", lambda: _remote(found), "there is no remote called origin")
+    if not ask_git or shutil.which("git") is None or facts.values["commit"] is None:
+        reason = "there is no commit yet" if facts.values["commit"] is None else "git is not installed"
+        facts.put("dirty", None, reason if ask_git else "not asked")
+        facts.put("changes_sha256", None, reason if ask_git else "not asked")
+        return facts
+    digest = facts.ask("changes_sha256", lambda: _changes(found), "there are no changes")
+    failed = digest is None and facts.reasons["changes_sha256"] != "there are no changes"
+    facts.put("dirty", None if failed else digest is not None, facts.reasons.get("changes_sha256", ""))
+    return facts

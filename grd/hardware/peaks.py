@@ -1,0 +1,80 @@
+"""What GPUs can do at most by their datasheets: `peaks.toml`, and the matching of device names to its rows.
+
+A name has an answer only if all of it is known. Guessing from a part of a name takes a T400 for a T4, a
+laptop's 4090 for a 4090, and a slice of an A100 for the whole card.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+DTYPES = ("fp32", "tf32", "bf16", "fp16")
+
+_SPELLINGS = {
+    "float32": "fp32", "float": "fp32", "single": "fp32", "f32": "fp32",
+    "tensorfloat32": "tf32",
+    "bfloat16": "bf16",
+    "float16": "fp16", "half": "fp16", "f16": "fp16",
+}  # fmt: skip
+_MAKERS = re.compile(r"^(nvidia |amd )?(tesla )?", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peaks:
+    """One row: dense TFLOP/s by number type, memory in GB, bandwidth in GB/s, the source; None is unknown."""
+
+    tflops: Mapping[str, float | None]
+    memory_gb: float | None
+    bandwidth_gbs: float | None
+    source: str
+
+
+def _row(table: Mapping[str, Any]) -> Peaks:
+    return Peaks(
+        tflops=MappingProxyType({name: table.get(name) for name in DTYPES}),
+        memory_gb=table.get("memory_gb"),
+        bandwidth_gbs=table.get("bandwidth_gbs"),
+        source=table["source"],
+    )
+
+
+@cache
+def peak_table() -> tuple[tuple[re.Pattern[str], Peaks], ...]:
+    """All rows, each with the pattern of the names it is for (after `short_name`)."""
+    tables = tomllib.loads((Path(__file__).parent / "peaks.toml").read_text("utf-8"))["gpu"]
+    return tuple(
+        (re.compile("|".join(f"(?:{name})" for name in table["names"]), re.IGNORECASE), _row(table))
+        for table in tables
+    )
+
+
+def short_name(name: str) -> str:
+    """A device's name without its maker and with single spaces: "Tesla T4" and "NVIDIA T4" are "T4"."""
+    return _MAKERS.sub("", " ".join(name.split()))
+
+
+def peaks_of(name: str) -> Peaks | None:
+    """The row for a device of this name, as NVML or torch report it; None unless all of the name is known."""
+    short = short_name(name)
+    return next((row for pattern, row in peak_table() if pattern.fullmatch(short)), None)
+
+
+def peak_tflops(name: str, dtype: str) -> float | None:
+    """The datasheet's dense TFLOP/s of the device called ``name`` in ``dtype``; None where it is not known.
+
+    ``dtype`` is fp32, tf32, bf16 or fp16, in torch's spelling too ("torch.bfloat16"). fp16 accumulates in
+    fp32, as PyTorch does. Never an estimate: unknown names and types, parts of cards (MIG) and virtual GPUs
+    have no answer.
+    """
+    row = peaks_of(name)
+    if row is None:
+        return None
+    spelled = str(dtype).strip().lower().removeprefix("torch.")
+    return row.tflops.get(_SPELLINGS.get(spelled, spelled))

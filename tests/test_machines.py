@@ -1,0 +1,257 @@
+"""Comparing machines, measuring them, and a run that is resumed on another one."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Project
+from test_research import PARAMETERS, TRAIN
+
+from grd.hardware import benchmark as measuring
+from grd.hardware import capture_hardware_profile, compare_profiles
+from grd.hardware.comparison import machine_change
+
+GIB = 1024**3
+
+
+@pytest.fixture(autouse=True)
+def own_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GRD_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setattr(
+        "grd.hardware.profile.cpuinfo_answer", lambda root: {"brand_raw": "A CPU", "arch": "X"}
+    )
+
+
+def changed(profile: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of a profile with one other value."""
+    other: Any = copy.deepcopy(dict(profile))
+    place, *names = other, *path.split(".")
+    for name in names[:-1]:
+        place = place[name]
+    place[names[-1]] = value
+    return other  # type: ignore[no-any-return]
+
+
+# --- comparison
+
+
+def test_one_machine_twice_does_not_differ() -> None:
+    first = capture_hardware_profile()
+    again = changed(capture_hardware_profile(), "memory.available_gb", 0.1)
+    assert [each.field for each in compare_profiles(first, again) if not each.field.startswith("code.")] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "can_change"),
+    [
+        ("cpu.brand", "Another CPU", "results"),
+        ("cpu.cores_usable", 97, "results"),
+        ("frameworks.torch", "9.9", "results"),
+        ("frameworks.papermill", "9.9", "nothing"),
+        ("numerics.environment", {"NVIDIA_TF32_OVERRIDE": "0"}, "results"),
+        ("code.commit", "0" * 40, "results"),
+        ("memory.limit_gb", 1.5, "cost"),
+        ("disk.fs_type", "nfs4", "cost"),
+        ("gpus", [{"name": "NVIDIA H200"}], "results"),
+        ("hostname", "elsewhere", "nothing"),
+    ],
+)
+def test_a_difference_says_what_it_can_change(path: str, value: Any, can_change: str) -> None:
+    profile = capture_hardware_profile()
+    found = compare_profiles(profile, changed(profile, path, value))
+    assert found
+    assert {each.can_change for each in found} >= {can_change}
+    assert all(each.field.startswith(path.split(".")[0]) and each.why for each in found)
+
+
+def test_what_can_change_results_comes_first_and_old_profiles_can_be_compared() -> None:
+    profile = capture_hardware_profile()
+    other = changed(changed(profile, "hostname", "x"), "cpu.brand", "y")
+    assert [each.field for each in compare_profiles(profile, other)] == ["cpu.brand", "hostname"]
+    assert compare_profiles({}, {}) == []
+    assert compare_profiles({"cpu": {"brand": "x"}}, {})[0].b is None
+
+
+def test_a_switch_of_torch_that_only_one_side_could_tell_is_no_difference() -> None:
+    profile = changed(capture_hardware_profile(), "numerics.torch_threads", None)
+    assert compare_profiles(profile, changed(profile, "numerics.torch_threads", 4)) == []
+    four, eight = (changed(profile, "numerics.torch_threads", threads) for threads in (4, 8))
+    assert [each.field for each in compare_profiles(four, eight)] == ["numerics.torch_threads"]
+
+
+def test_other_code_or_another_name_is_no_other_machine() -> None:
+    profile = capture_hardware_profile()
+    assert machine_change(profile, changed(changed(profile, "code.commit", "0"), "hostname", "x")) is None
+    change = machine_change(profile, changed(profile, "cpu.brand", "Another CPU"))
+    assert change is not None and change.endswith("-> Another CPU")
+
+
+# --- the commands, and a resume
+
+
+def test_a_resume_on_another_machine_is_warned_of_and_both_profiles_are_kept(project: Project) -> None:
+    project.notebook(
+        "train.ipynb", TRAIN, "import os\nif not os.path.exists('ok'): 1 / 0", parameters=PARAMETERS
+    )
+    assert project.grd("research", "train.ipynb").code == 1
+    run = project.only_run()
+    first = run / "attempts/1/hardware.json"
+    profile = json.loads(first.read_text())
+    assert profile["disk"]["checkpoints"]["path"] == str(run / "checkpoints")
+    # This machine cannot be changed, so what it was at the first attempt is.
+    first.write_text(json.dumps(changed(profile, "cpu.brand", "The Other CPU")))
+    (project.path / "ok").touch()
+    done = project.grd("resume", "last")
+    assert done.code == 0
+    (warning,) = [event["message"] for event in project.events() if event["kind"] == "warning"]
+    assert "The Other CPU" in warning and "attempt 1" in warning
+    assert warning in project.record()["warnings"]
+    assert "The Other CPU" in done.err
+    assert json.loads((run / "hardware.json").read_text())["cpu"]["brand"] != "The Other CPU"
+    command = warning.partition("see: grd ")[2].split()
+    told = project.grd(*command, "--json").json
+    assert told["can_change_results"] is True
+    assert told["differences"][0]["a"] == "The Other CPU"
+
+
+def test_a_resume_on_the_same_machine_warns_of_nothing(project: Project) -> None:
+    project.notebook(
+        "train.ipynb", TRAIN, "import os\nif not os.path.exists('ok'): 1 / 0", parameters=PARAMETERS
+    )
+    assert project.grd("research", "train.ipynb").code == 1
+    (project.path / "ok").touch()
+    assert project.grd("resume", "last").code == 0
+    assert [event for event in project.events() if event["kind"] == "warning"] == []
+    assert (project.only_run() / "attempts/2/hardware.json").is_file()
+
+
+def test_profiles_are_named_by_run_file_or_now_and_mistakes_are_one_line(project: Project) -> None:
+    shown = project.grd("hardware", "show", "--json")
+    (project.path / "here.json").write_text(shown.out)
+    (project.path / "other.json").write_text(json.dumps(changed(shown.json, "cpu.brand", "Z80")))
+    (project.path / "no.json").write_text("{}")
+    assert "no difference" in project.grd("hardware", "diff", "here.json").out
+    told = project.grd("hardware", "diff", "other.json", "here.json").out
+    assert told.startswith("cpu.brand Z80 -> ") and "can change results" in told
+    for name, code in (("no.json", 2), ("nothing-of-this-name", 66), ("last@x", 2)):
+        done = project.grd("hardware", "diff", name)
+        assert done.code == code and done.err.count("\n") == 1, done.err
+
+
+# --- measuring
+
+
+def quick(monkeypatch: pytest.MonkeyPatch, asked: list[str]) -> None:
+    def compute() -> dict[str, Any]:
+        asked.append("compute")
+        return {"matmul": [], "memory_bandwidth_gbs": None, "device": None}
+
+    def disk(folder: Path) -> dict[str, Any]:
+        asked.append("disk")
+        return {"path": str(folder), "write_mbs": 1.0, "fsync_ms": 1.0, "bytes": 1}
+
+    monkeypatch.setattr(measuring, "measure_compute", compute)
+    monkeypatch.setattr(measuring, "measure_disk", disk)
+
+
+def test_a_machine_is_measured_once_and_another_one_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+    quick(monkeypatch, asked)
+    here, other = {"fingerprint": "a"}, {"fingerprint": "b"}
+    answers = [measuring.benchmark(tmp_path, profile=profile) for profile in (here, here, other, here)]
+    assert [answer["cached"] for answer in answers] == [False, True, False, True]
+    assert asked == ["compute", "disk"] * 2
+    assert measuring.benchmark(tmp_path, profile=here, again=True)["cached"] is False
+
+
+def test_another_disk_of_the_same_machine_is_measured_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+    quick(monkeypatch, asked)
+    for mount in ("/", "/scratch", "/scratch"):
+        monkeypatch.setattr(measuring, "_mount_point", lambda folder, point=mount: point)
+        measuring.benchmark(tmp_path, profile={"fingerprint": "a"})
+    assert asked == ["compute", "disk", "disk"]
+
+
+def test_the_disk_is_really_written_and_nothing_stays(tmp_path: Path) -> None:
+    told = measuring.measure_disk(tmp_path, seconds=0.05)
+    assert told["bytes"] >= measuring.CHUNK_BYTES
+    assert told["write_mbs"] > 0 and told["fsync_ms"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_is_not_filled_to_measure_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = os.statvfs(tmp_path)
+
+    class Full:
+        f_bavail, f_frsize = 10, real.f_frsize
+
+    monkeypatch.setattr(os, "statvfs", lambda path: Full)
+    told = measuring.measure_disk(tmp_path)
+    assert told["write_mbs"] is None and "room" in told["reason"]
+
+
+def test_products_are_really_made_and_rates_are_finite() -> None:
+    pytest.importorskip("numpy")
+    found = measuring.measure_compute(seconds=0.3)
+    assert found.get("reason") is None
+    rows = {row["dtype"]: row for row in found["matmul"]}
+    assert rows["fp32"]["tflops"] > 0 and rows["fp32"]["repeats"] >= 1
+    assert found["memory_bandwidth_gbs"] > 0
+
+
+def test_a_machine_that_cannot_be_measured_says_why_and_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+    quick(monkeypatch, asked)
+    reason = {"matmul": [], "memory_bandwidth_gbs": None, "reason": "TimeoutError: no answer"}
+    monkeypatch.setattr(measuring, "measure_compute", lambda: reason)
+    for _ in range(2):
+        answer = measuring.benchmark(tmp_path, profile={"fingerprint": "a"})
+        assert (answer["cached"], answer["compute"]["reason"]) == (False, "TimeoutError: no answer")
+
+
+def test_what_was_measured_stands_in_the_profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    quick(monkeypatch, [])
+    profile = capture_hardware_profile(tmp_path)
+    assert profile["measured"] is None and "grd benchmark" in profile["reasons"]["measured"]
+    measuring.benchmark(tmp_path, profile=profile)
+    measured = capture_hardware_profile(tmp_path)["measured"]
+    assert next(iter(measured["disks"].values()))["write_mbs"] == 1.0
+
+
+def test_measuring_without_torch_uses_numpy_and_without_both_says_so(tmp_path: Path) -> None:
+    program = (
+        "import sys, json; sys.modules['torch'] = None; exec(sys.argv[1]);"
+        "from grd.hardware.matmul_program import measure; print(json.dumps(measure(0.1)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(measuring.__file__).parents[2])}
+    answers = [
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-c", program, extra],
+                env=environment,
+                check=True,
+                capture_output=True,
+                timeout=120,
+            ).stdout
+        )
+        for extra in ("", "sys.modules['numpy'] = None")
+    ]
+    assert answers[0]["library"].startswith("numpy") and answers[0]["matmul"][0]["tflops"] > 0
+    assert "neither" in answers[1]["reason"]
