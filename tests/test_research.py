@@ -296,7 +296,7 @@ def test_a_notebook_of_another_language_gets_deadline_saving_and_truth(project: 
     assert project.grd("logs", "last").out.strip() == "count is 7"
     project.notebook("slow.ipynb", "echo started; sleep 600", "echo never", **bash)
     stopped = project.grd(
-        "research", "slow.ipynb", "--timeout", "4s", "--grace", "6s", "--json", env=environment
+        "research", "slow.ipynb", "--timeout", "12s", "--grace", "6s", "--json", env=environment
     )
     assert (stopped.code, stopped.json["cause"]) == (75, "deadline")
     slow = Path(stopped.json["folder"])
