@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import time
@@ -136,7 +137,7 @@ def test_wait_shows_the_progress_of_each_run_it_waits_for(project: Project) -> N
         assert f"{name}: completed" in waited.err
 
 
-def on_a_terminal(project: Project, *arguments: str, env: dict[str, str] | None = None) -> str:
+def on_a_terminal(project: Project, *arguments: str, env: dict[str, str] | None = None, code: int = 0) -> str:
     """What ``grd ARGUMENTS`` draws on a terminal of its own."""
     master, slave = pty.openpty()
     process = subprocess.Popen(
@@ -159,7 +160,7 @@ def on_a_terminal(project: Project, *arguments: str, env: dict[str, str] | None 
             break
         drawn += part
     os.close(master)
-    assert process.wait(LIMIT_SECONDS) == 0, drawn
+    assert process.wait(LIMIT_SECONDS) == code, drawn
     return drawn.decode()
 
 
@@ -175,6 +176,26 @@ def test_a_terminal_gets_moving_bars_with_metrics_a_dumb_one_lines_and_no_color_
     assert "\x1b[36m" not in grey and "\x1b[?25l" in grey
     dumb = on_a_terminal(project, *command, env={"TERM": "dumb"})
     assert "\x1b" not in dumb and "epoch 3: total=10" in dumb
+
+
+NESTED = """
+import time
+from grd.experiment import train_with_progress
+for epoch, step in train_with_progress(num_epochs=2, steps_per_epoch=4):
+    time.sleep(0.3)
+    if (epoch, step) == (1, fail_at): raise ValueError("in mid-epoch")
+"""
+
+
+def test_an_epoch_has_a_bar_of_its_own_that_goes_at_its_end_and_after_an_error(
+    project: Project,
+) -> None:
+    project.notebook("nested.ipynb", NESTED, parameters="fail_at = 9")
+    for arguments, code in (((), 0), (("-p", "fail_at", "2"), 1)):
+        drawn = on_a_terminal(project, "research", "nested.ipynb", *arguments, code=code)
+        frames = drawn.split("\x1b[1A")  # each drawing moves up over the one before
+        assert re.search(r"Epoch 1/2 [1-4]/4", drawn) and re.search(r"Epoch 2/2 [0-4]/4", drawn)
+        assert "Training" in frames[-1] and "Epoch" not in frames[-1], frames[-3:]
 
 
 def test_the_bars_of_several_runs_stand_together(project: Project) -> None:

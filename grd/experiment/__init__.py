@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from grd.experiment.interruption import stop_requested as stop_requested
     from grd.experiment.reporting import log_metrics as log_metrics
     from grd.experiment.reporting import progress as progress
+    from grd.experiment.reporting import train_with_progress as train_with_progress
     from grd.experiment.timeout_manager import ExperimentTimeoutManager as ExperimentTimeoutManager
 
 _HOMES = {
@@ -31,6 +32,7 @@ _HOMES = {
     "progress": "grd.experiment.reporting",
     "set_aside": "grd.experiment.checkpoint_folder",
     "stop_requested": "grd.experiment.interruption",
+    "train_with_progress": "grd.experiment.reporting",
 }
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "progress",
     "set_aside",
     "stop_requested",
+    "train_with_progress",
     "training",
 ]
 

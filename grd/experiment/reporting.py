@@ -64,6 +64,21 @@ def progress(iterable: Iterable[T], name: str, total: int | None = None) -> Iter
         report_progress(name, n, total, force=True, **more)
 
 
+def train_with_progress(num_epochs: int, steps_per_epoch: int) -> Iterator[tuple[int, int]]:
+    """Iterate over ``(epoch, step)``, both from 0, and report both: a bar each for training and epoch.
+
+    Saves nothing: `training.epochs` and ``epoch.steps`` report the same and can be resumed.
+    Raises ValueError for negative numbers.
+    """
+    if num_epochs < 0 or steps_per_epoch < 0:
+        raise ValueError(f"num_epochs and steps_per_epoch must be 0 or more: {num_epochs}, {steps_per_epoch}")
+    return (
+        (epoch, step)
+        for epoch in progress(range(num_epochs), "Training")
+        for step in progress(range(steps_per_epoch), f"Epoch {epoch + 1}/{num_epochs}")
+    )
+
+
 def as_number(value: Any) -> float | int | None:
     """``value`` as a plain number; None for NaN and infinities, which JSON cannot hold.
 

@@ -27,7 +27,10 @@ class _Field(ProgressColumn):
 
 
 class ProgressBars:
-    """One line a run: its outermost progress, the time left, and its newest metrics beside the bar."""
+    """One line a run: its outermost progress, the time left, and its newest metrics beside the bar.
+
+    Below it, while it moves, what goes on inside of that: the steps of an epoch, a bar of the notebook's.
+    """
 
     def __init__(self) -> None:
         self._progress = Progress(
@@ -40,6 +43,7 @@ class ProgressBars:
             refresh_per_second=8,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._inner: dict[str, tuple[str, TaskID]] = {}
         self._progress.start()
 
     def show(self, run_id: str, event: dict[str, Any], view: LiveView, *, news: bool) -> None:
@@ -49,6 +53,10 @@ class ProgressBars:
             task = self._progress.add_task("", total=None, run=run_id, position="starting", metrics="")
             self._tasks[run_id] = task
         kind = event.get("kind")
+        if kind == contract.EVENT_PROGRESS:
+            self._show_inner(run_id, event)
+        elif kind == contract.EVENT_STATE:
+            self._remove_inner(run_id)
         line = None if kind == contract.EVENT_METRICS and event.get("epoch") is None else line_of(event)
         if news and line is not None:
             self._progress.console.print(f"grd: {run_id + ': ' if run_id else ''}{line}", markup=False)
@@ -66,10 +74,34 @@ class ProgressBars:
             self._progress.update(task, position=f"{state_text(event)}{shown}")
             self._progress.stop_task(task)
 
+    def _show_inner(self, run_id: str, event: dict[str, Any]) -> None:
+        name, n, total = str(event.get("name")), event.get("n"), event.get("total")
+        known = self._inner.get(run_id)
+        if event.get("within") is None or not isinstance(n, (int, float)):
+            return
+        ended = isinstance(total, (int, float)) and n >= total
+        if known is not None and (known[0] != name or ended):
+            self._remove_inner(run_id)
+            known = None
+        if ended:
+            return
+        if known is None:
+            known = name, self._progress.add_task("", total=None, run="", metrics="")
+            self._inner[run_id] = known
+        position = progress_text({"name": name, "n": n, "total": total})
+        self._progress.update(known[1], completed=float(n), total=total, position=position)
+
+    def _remove_inner(self, run_id: str) -> None:
+        known = self._inner.pop(run_id, None)
+        if known is not None:
+            self._progress.remove_task(known[1])
+
     def say(self, text: str) -> None:
         """A line above the bars."""
         self._progress.console.print(f"grd: {text}", markup=False)
 
     def close(self) -> None:
-        """Draw the bars a last time; they stay on the screen."""
+        """Draw the bars a last time; those of whole runs stay on the screen."""
+        for run_id in list(self._inner):
+            self._remove_inner(run_id)
         self._progress.stop()
