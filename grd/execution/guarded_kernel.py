@@ -41,9 +41,7 @@ def can_be_guarded() -> bool:
 class GuardedKernel:
     """A running kernel and its guardian. Safe from several threads."""
 
-    def __init__(
-        self, command: list[str], watcher: subprocess.Popen[bytes], channel: socket.socket
-    ) -> None:
+    def __init__(self, command: list[str], watcher: subprocess.Popen[bytes], channel: socket.socket) -> None:
         self.args = command
         self.stdin, self.stdout, self.stderr = watcher.stdin, watcher.stdout, watcher.stderr
         self.pid = 0
@@ -52,7 +50,7 @@ class GuardedKernel:
         """Identities of the kernel's parent and of the watcher above it."""
         self.returncode: int | None = None
         self.ended_by: str | None = None
-        """``exit``, ``asked``, ``deadline``, or ``guardian``: the guardian was lost and took the kernel along."""
+        """``exit``, ``asked``, ``deadline``, or ``guardian``: that was lost and took the kernel along."""
         self._watcher = watcher
         self._channel = channel
         self._heard = b""

@@ -217,10 +217,7 @@ class Guard:
         timeout: float | None = POLL_SECONDS
         if self.gone_at is None and self.requester_handle >= 0:
             wanted.append(self.requester_handle)
-            if self.deadline is None:
-                timeout = None
-            else:
-                timeout = max(POLL_SECONDS, self.deadline - time.monotonic())
+            timeout = None if self.deadline is None else max(POLL_SECONDS, self.deadline - time.monotonic())
         # poll, not select: a descriptor inherited from a busy server may be above 1023
         poller = select.poll()
         for fd in (self.wake, *wanted):
@@ -342,7 +339,9 @@ def guard_kernel(guard: Guard, watcher: int) -> None:
             if b"kill" in said:
                 why = ASKED
             elif not said:
-                channel = -1  # nobody will say anything any more; whether the requester lives is seen elsewhere
+                channel = (
+                    -1
+                )  # nobody will say anything any more; whether the requester lives is seen elsewhere
         if watcher in ready:
             watcher = -1
         if why is not None:

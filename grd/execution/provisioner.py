@@ -11,6 +11,7 @@ import os
 import secrets
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 from jupyter_client.provisioning.local_provisioner import LocalProvisioner
@@ -36,6 +37,8 @@ def is_ipykernel(argv: list[str]) -> bool:
 class GrdProvisioner(LocalProvisioner):
     """A LocalProvisioner whose signals go to the kernel alone and whose kill reaches every process of it."""
 
+    process: Any = None
+    pid: Any = None
     marker: str | None = None
     started: float | None = None
     """When the kernel was started, as `processes.start_time` has it."""
@@ -63,19 +66,20 @@ class GrdProvisioner(LocalProvisioner):
         """Start the kernel behind its guardian, where the machine can have one."""
         if kwargs.get("independent") or not can_be_guarded():
             info = await super().launch_kernel(cmd, **kwargs)
-            self.started = processes.start_time(self.process.pid)
+            self.started = processes.start_time(self.pid)
             return info
         environment = kwargs["env"]
-        self.process = self.guarded = await start_guarded(
+        kernel = await start_guarded(
             cmd,
             grace=_grace(environment),
             deadline=_seconds(environment.get(contract.ENV_DEADLINE)),
             connection_file=getattr(self.parent, "connection_file", None),
             **LocalProvisioner._scrub_kwargs(kwargs),
         )
-        self.pid = self.pgid = self.process.pid
-        self.started = self.process.started
-        self.cwd = kwargs.get("cwd", os.getcwd())
+        self.process = self.guarded = kernel
+        self.pid = self.pgid = kernel.pid
+        self.started = kernel.started
+        self.cwd = kwargs.get("cwd", Path.cwd())
         return self.connection_info
 
     async def send_signal(self, signum: int) -> None:
@@ -93,7 +97,7 @@ class GrdProvisioner(LocalProvisioner):
         self.kill_tree()
 
     def kill_tree(self) -> list[int]:
-        """The same, callable from any thread; returns the pids that were killed beyond the guardian's reach."""
+        """The same, callable from any thread; returns the pids that were beyond the guardian's reach."""
         if self.guarded is not None:
             self.guarded.end_tree()
         elif self.pid is not None:
