@@ -20,6 +20,9 @@ ENV_MAX_LOST_WORK: Final = "GRD_MAX_LOST_WORK"  # seconds of training at risk be
 ENV_CHECKPOINT_BUDGET: Final = "GRD_CHECKPOINT_BUDGET"  # bytes that a run's checkpoint versions may take
 ENV_NONINTERACTIVE: Final = "GRD_NONINTERACTIVE"  # "1": nobody can answer a question
 ENV_MARKER: Final = "GRD_PROCESS_MARKER"  # carried by every process of one attempt, so that all can be found
+ENV_RUNNER: Final = "GRD_RUNNER"  # the run whose runner a process is, or stems from
+ENV_REQUESTER: Final = "GRD_REQUESTER"  # "pid:start" of the process that started the kernel
+ENV_KERNEL_GRACE: Final = "GRD_KERNEL_GRACE"  # seconds a kernel has to save once its requester is gone
 
 KERNEL_ENVIRONMENT: Final = (
     ENV_RUN_ID,
@@ -30,6 +33,8 @@ KERNEL_ENVIRONMENT: Final = (
     ENV_CHECKPOINT_DIR,
     ENV_DEADLINE,
     ENV_MARKER,
+    ENV_REQUESTER,
+    ENV_KERNEL_GRACE,
 )
 
 # --- parameters papermill injects where the notebook declares them ---------------------------------

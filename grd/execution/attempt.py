@@ -24,14 +24,14 @@ from papermill.utils import remove_args
 
 from grd import contract
 from grd.errors import ConfigurationError
-from grd.execution import local_files
+from grd.execution import guarded_kernel, local_files
 from grd.execution.client import GrdNotebookClient, ManagedNotebook, journal_beside
 from grd.execution.outcome import CellError, Outcome, Seen, judge, storage_cause
 from grd.execution.output_limit import OutputLimit, readable_size
 from grd.execution.saving import NotebookSaver
 from grd.execution.stopping import KernelHandle, Stopper
 from grd.runs import notebook_journal
-from grd.runs.processes import catches_signal
+from grd.runs.processes import catches_signal, identity
 from grd.settings import parse_duration, parse_size
 
 Number = TypeVar("Number", int, float)
@@ -53,7 +53,8 @@ class AttemptContext:
     stopper: Stopper
     journal: Path
     environment: Mapping[str, str] = field(default_factory=dict)
-    on_kernel_pid: Callable[[int | None], None] | None = None
+    on_kernel: Callable[[dict[str, dict[str, Any]]], None] | None = None
+    """Told the identities of kernel, guardian and watcher at their start, and an empty dict at the end."""
     on_cell: Callable[[int, str, int], object] | None = None
     on_warning: Callable[[str], object] | None = None
     max_output: int = contract.DEFAULT_MAX_OUTPUT_BYTES
@@ -118,7 +119,12 @@ def _context_for_papermill(
     )
     target = local_files.local_target(output_path)
     journal = journal_beside(target) if target is not None else Path(os.devnull)
-    environment = {contract.ENV_MARKER: f"papermill-{os.getpid()}-{secrets.token_hex(4)}"}
+    environment = {
+        contract.ENV_MARKER: f"papermill-{os.getpid()}-{secrets.token_hex(4)}",
+        contract.ENV_KERNEL_GRACE: repr(stopper.grace),
+    }
+    if stopper.deadline is not None:
+        environment[contract.ENV_DEADLINE] = repr(stopper.deadline)
     return AttemptContext(
         stopper=stopper,
         journal=journal,
@@ -173,9 +179,11 @@ def _execute(
             error = failure
             seen = replace(seen, kernel_start_error=_first_line(failure))
     finally:
+        if getattr(client.popen, "ended_by", None) == contract.DEADLINE:
+            stopper.request_deadline()  # the guardian kept it, since this process stood still
         _end_processes(client)
-        if context.on_kernel_pid is not None:
-            context.on_kernel_pid(None)
+        if context.on_kernel is not None:
+            context.on_kernel({})
     seen = replace(
         seen,
         all_cells_ran=client.ran_all,
@@ -185,6 +193,7 @@ def _execute(
         cell_error=_cell_error(client),
         kernel_returncode=client.popen.poll() if client.popen is not None else None,
         stopped_in_cell=client.current_cell,
+        guardian_lost=getattr(client.popen, "ended_by", None) == guarded_kernel.LOST,
     )
     _warn_of_missing_output(client, context)
     context.outcome = _finish(managed, saver, seen, stopper)
@@ -244,8 +253,9 @@ def _make_client(
 def _kernel_started(provisioner: Any, context: AttemptContext) -> None:
     process: Any = getattr(provisioner, "process", None)
     pid = getattr(process, "pid", None)
-    if context.on_kernel_pid is not None:
-        context.on_kernel_pid(pid)
+    if context.on_kernel is not None and pid is not None:
+        guardians = dict(zip(("guardian", "watcher"), getattr(process, "guardians", ()), strict=False))
+        context.on_kernel({"kernel": identity(pid), **guardians})
     if pid is None or not hasattr(provisioner, "kill_tree"):
         return
 

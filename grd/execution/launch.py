@@ -43,6 +43,7 @@ def start_runner(folder: RunFolder, attempt: int, lock: int) -> subprocess.Popen
     paths.path.mkdir(parents=True, exist_ok=True)
     environment = {k: v for k, v in os.environ.items() if k not in contract.KERNEL_ENVIRONMENT}
     environment["PYTHONUNBUFFERED"] = "1"
+    environment[contract.ENV_RUNNER] = folder.run_id
     # -P: a file of the working folder must not shadow a module of ours.
     command = [sys.executable, "-P", "-m", "grd.execution.runner", str(folder.path), str(attempt), str(lock)]
     os.set_inheritable(lock, True)

@@ -45,6 +45,8 @@ class Seen:
     kernel_start_error: str | None = None
     storage_error: OSError | None = None
     stopped_in_cell: int | None = None
+    guardian_lost: bool = False
+    """The kernel's guardian was killed, and the kernel died with it."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,12 @@ def judge(seen: Seen) -> Outcome:
     if seen.stop_reason is not None:
         return Outcome(contract.INTERRUPTED, seen.stop_reason, _stop_detail(seen))
     if seen.kernel_died:
-        oom = "suspected" if seen.kernel_returncode == -signal.SIGKILL else None
         where = f" in cell {seen.stopped_in_cell}" if seen.stopped_in_cell is not None else ""
+        if seen.guardian_lost:
+            return Outcome(
+                contract.INTERRUPTED, contract.KERNEL_DIED, f"the kernel died{where}: its guardian was killed"
+            )
+        oom = "suspected" if seen.kernel_returncode == -signal.SIGKILL else None
         detail = f"the kernel died{where}: {describe_exit(seen.kernel_returncode)}"
         return Outcome(contract.INTERRUPTED, contract.KERNEL_DIED, detail, oom)
     if seen.cell_timeout is not None:

@@ -1,21 +1,25 @@
-"""Starts kernels for grd: in a session of their own, marked, signalled politely, killed wholly.
+"""Starts kernels for grd: behind a guardian, marked, signalled politely, killed wholly.
 
-Named by the engine in the loaded kernelspec's metadata, in memory, so that any kernelspec gets it. The
-guardian, the kernel's parent that outlives neither it nor its requester, will be started from here.
+Named by the engine in the loaded kernelspec's metadata, in memory, so that any kernelspec gets it, and by
+the installed kernelspec `grd-python3`, for tools that cannot name an engine.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 
 from grd import contract
-from grd.runs.processes import reap
+from grd.execution.guarded_kernel import GuardedKernel, can_be_guarded, start_guarded
+from grd.runs import processes
+from grd.settings import parse_duration
 
 NAME = "grd-provisioner"
 KERNEL_EXTENSIONS = tuple(f"grd.execution.kernel_{part}" for part in ("signals", "outputs", "progress"))
@@ -33,18 +37,50 @@ def is_ipykernel(argv: list[str]) -> bool:
 class GrdProvisioner(LocalProvisioner):
     """A LocalProvisioner whose signals go to the kernel alone and whose kill reaches every process of it."""
 
+    process: Any = None
+    pid: Any = None
     marker: str | None = None
+    started: float | None = None
+    """When the kernel was started, as `processes.start_time` has it."""
+    guarded: GuardedKernel | None = None
 
     async def pre_launch(self, **kwargs: Any) -> dict[str, Any]:
-        """Add what the kernel needs to hear of a stop; the environment comes from the engine."""
+        """Add what the kernel needs to hear of a stop, and the mark by which all its processes are found."""
         prepared: dict[str, Any] = await super().pre_launch(**kwargs)
-        environment = prepared.get("env") or {}
-        if contract.ENV_MARKER in environment:
-            self.marker = f"{contract.ENV_MARKER}={environment[contract.ENV_MARKER]}"
+        environment = prepared.get("env")
+        environment = dict(os.environ if environment is None else environment)
+        mark = environment.get(contract.ENV_MARKER)
+        if mark is None or mark == os.environ.get(contract.ENV_MARKER):
+            # None of its own: a kernel started from inside a run is not to take that run along when it ends.
+            mark = environment[contract.ENV_MARKER] = f"kernel-{os.getpid()}-{secrets.token_hex(4)}"
+        self.marker = f"{contract.ENV_MARKER}={mark}"
+        me = processes.identity()
+        environment[contract.ENV_REQUESTER] = f"{me['pid']}:{me['started']}"
+        prepared["env"] = environment
         if is_ipykernel(prepared["cmd"]):
             extensions = [word for name in KERNEL_EXTENSIONS for word in ("--ext", name)]
             prepared["cmd"] = [*prepared["cmd"], *extensions]
         return prepared
+
+    async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:
+        """Start the kernel behind its guardian, where the machine can have one."""
+        if kwargs.get("independent") or not can_be_guarded():
+            info = await super().launch_kernel(cmd, **kwargs)
+            self.started = processes.start_time(self.pid)
+            return info
+        environment = kwargs["env"]
+        kernel = await start_guarded(
+            cmd,
+            grace=_grace(environment),
+            deadline=_seconds(environment.get(contract.ENV_DEADLINE)),
+            connection_file=getattr(self.parent, "connection_file", None),
+            **LocalProvisioner._scrub_kwargs(kwargs),
+        )
+        self.process = self.guarded = kernel
+        self.pid = self.pgid = kernel.pid
+        self.started = kernel.started
+        self.cwd = kwargs.get("cwd", Path.cwd())
+        return self.connection_info
 
     async def send_signal(self, signum: int) -> None:
         """Signal the kernel's process only: its DataLoader workers must live until it has saved."""
@@ -61,19 +97,34 @@ class GrdProvisioner(LocalProvisioner):
         self.kill_tree()
 
     def kill_tree(self) -> list[int]:
-        """The same, callable from any thread; returns the pids that were killed."""
-        if self.pgid:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pgid, signal.SIGKILL)
-        if self.process:
-            # Reaped here, or the zombie would be looked for until the wait runs out.
-            give_up = time.monotonic() + 1.0
-            while self.process.poll() is None and time.monotonic() < give_up:
-                time.sleep(0.01)
-        if self.marker is not None:
-            return reap(self.marker, session=self.pgid)
-        return []
+        """The same, callable from any thread; returns the pids that were beyond the guardian's reach."""
+        if self.guarded is not None:
+            self.guarded.end_tree()
+        elif self.pid is not None:
+            processes.end_group(self.pid, self.started)
+            if self.process:
+                # Reaped here, or the zombie would be looked for until the wait runs out.
+                give_up = time.monotonic() + 1.0
+                while self.process.poll() is None and time.monotonic() < give_up:
+                    time.sleep(0.01)
+        if self.marker is None:
+            return []
+        return processes.reap(self.marker, session=self.pid, session_started=self.started)
 
     def get_shutdown_wait_time(self, recommended: float = 5.0) -> float:
         """Seconds that jupyter_client waits for the kernel's own exit before it kills."""
         return max(recommended, SHUTDOWN_SECONDS)
+
+
+def _grace(environment: dict[str, str]) -> float:
+    """The run's grace; GRD_GRACE for kernels of other tools. What cannot be read counts as not said."""
+    for name in (contract.ENV_KERNEL_GRACE, "GRD_GRACE"):
+        with contextlib.suppress(ValueError):
+            return parse_duration(environment.get(name, ""))
+    return contract.DEFAULT_GRACE_SECONDS
+
+
+def _seconds(text: str | None) -> float | None:
+    with contextlib.suppress(ValueError):
+        return float(text or "")
+    return None

@@ -205,7 +205,7 @@ class Runner:
             environment=self._kernel_environment(),
             max_output=self.record.max_output,
             on_warning=lambda message: self.events.write(contract.EVENT_WARNING, message=message),
-            on_kernel_pid=self._note_kernel,
+            on_kernel=self._note_kernel,
             on_cell=lambda index, status, of: self.events.write(
                 contract.EVENT_CELL, index=index, status=status, of=of
             ),
@@ -264,11 +264,12 @@ class Runner:
             contract.ENV_FENCE: str(self.folder.fence),
             contract.ENV_CHECKPOINT_DIR: self.record.checkpoint_dir,
             contract.ENV_DEADLINE: repr(self.began + self.seconds),
+            contract.ENV_KERNEL_GRACE: repr(self.record.grace),
             contract.ENV_MARKER: f"{self.record.run_id}/{self.attempt.number}",
         }
 
-    def _note_kernel(self, pid: int | None) -> None:
-        self.record.kernel_pid = pid
+    def _note_kernel(self, processes: dict[str, dict[str, Any]]) -> None:
+        self.record.note_processes(processes)
         with contextlib.suppress(OSError):
             store.save(self.folder, self.record, durable=False)
 
@@ -298,7 +299,7 @@ class Runner:
         record.budget["used_seconds"] = round(used + attempt.seconds, 3)
         record.state, record.cause, record.detail = outcome.state, outcome.cause, outcome.detail
         record.ended_at = attempt.ended_at
-        record.kernel_pid = None
+        record.note_processes({})
         record.resumable = contract.is_resumable(outcome.state, outcome.cause)
         record.resume_command = resume_command(record)
         record.progress, record.metrics = view.progress, view.metrics

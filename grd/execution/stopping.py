@@ -189,6 +189,10 @@ class Stopper:
         self._pending.append(reason)
         self._wake()
 
+    def request_deadline(self) -> None:
+        """Say that the deadline has come and somebody else has already ended the kernel for it."""
+        self.request(self._deadline_reason)
+
     def attach(self, kernel: KernelHandle) -> None:
         """Say which kernel is to be stopped."""
         self._kernel = kernel

@@ -58,6 +58,9 @@ class RunRecord:
     runner: dict[str, Any] | None = None
     """pid, started (clock ticks since boot), host, boot_id."""
     kernel_pid: int | None = None
+    guardian_pid: int | None = None
+    processes: dict[str, Any] = field(default_factory=dict)
+    """Identities (as `runner`) of kernel, guardian and watcher while an attempt has them."""
     kernel_name: str | None = None
     language: str | None = None
     notebook: str
@@ -107,6 +110,12 @@ class RunRecord:
             f"{self.run_id} was written by another version of grd ({self.schema}, this one knows "
             f"{contract.SCHEMA_RUN}): shown as far as it is understood"
         )
+
+    def note_processes(self, found: dict[str, dict[str, Any]]) -> None:
+        """Take down who executes the attempt: identities of kernel, guardian and watcher, or nobody."""
+        self.processes = found
+        self.kernel_pid = found["kernel"]["pid"] if "kernel" in found else None
+        self.guardian_pid = found["guardian"]["pid"] if "guardian" in found else None
 
     @property
     def current(self) -> Attempt:

@@ -10,11 +10,12 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from grd import contract
 
 
 def boot_id(proc: Path = Path("/proc")) -> str:
@@ -71,84 +72,157 @@ def catches_signal(pid: int, signum: int, proc: Path = Path("/proc")) -> bool | 
     return None
 
 
-def carrying(marker: str, proc: Path = Path("/proc")) -> list[int]:
-    """Pids of living processes whose environment at exec held ``marker`` (``NAME=value``).
+def carrying(marker: str, proc: Path = Path("/proc")) -> dict[int, float]:
+    """Living processes whose environment at exec held ``marker`` (``NAME=value``): start time by pid.
 
     Finds what left the process group and the session too. Processes of other users cannot be seen, nor
     those that wiped their environment.
     """
     wanted = marker.encode()
-    found = []
+    found = {}
     if not (proc / "self").exists():
         name, _, value = marker.partition("=")
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.environ().get(name) == value:
-                    found.append(process.pid)
+                    found[process.pid] = process.create_time()
         return found
     for entry in os.scandir(proc):
         if not entry.name.isdigit():
             continue
-        try:
-            environment = (proc / entry.name / "environ").read_bytes()
-        except OSError:
+        # The start first: should the pid change hands meanwhile, the old start protects the new process.
+        pid, started = int(entry.name), start_time(int(entry.name), proc)
+        if started is None:
             continue
-        if wanted in environment.split(b"\0"):
-            pid = int(entry.name)
-            if start_time(pid, proc) is not None:
-                found.append(pid)
-    return found
-
-
-def descendants(pid: int) -> list[int]:
-    """Pids below ``pid`` in the process tree now."""
-    try:
-        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
-    except psutil.Error:
-        return []
-
-
-def in_session(session: int) -> list[int]:
-    """Pids whose session id is ``session``: a kernel's own session outlives it."""
-    found = []
-    for pid in psutil.pids():
         with contextlib.suppress(OSError):
-            if os.getsid(pid) == session and start_time(pid) is not None:
-                found.append(pid)
+            if wanted in (proc / entry.name / "environ").read_bytes().split(b"\0"):
+                found[pid] = started
     return found
 
 
-def kill_all(pids: Iterable[int], *, spare: Iterable[int] = (), signum: int = signal.SIGKILL) -> list[int]:
-    """Send ``signum`` to each pid but ``spare`` and this process; returns those that were there."""
-    kept = {os.getpid(), *spare}
-    hit = []
-    for pid in pids:
-        if pid in kept or pid <= 1:
-            continue
+def open_process(pid: int, started: float | None) -> int:
+    """A pidfd of the very process that started then, -1 if it has ended or the system has none."""
+    if started is None or not hasattr(os, "pidfd_open"):
+        return -1
+    try:
+        handle = os.pidfd_open(pid)
+    except OSError:
+        return -1
+    if start_time(pid) == started:
+        return handle
+    os.close(handle)
+    return -1
+
+
+def send_signal(pid: int, started: float | None, signum: int) -> bool:
+    """Signal the very process that started then; False if it has ended, whoever has its pid now.
+
+    Raises PermissionError.
+    """
+    handle = open_process(pid, started)
+    try:
+        if handle >= 0:
+            signal.pidfd_send_signal(handle, signum)
+            return True
+        if started is None or start_time(pid) != started:
+            return False
+        os.kill(pid, signum)
+        return True
+    except ProcessLookupError:
+        return False
+    finally:
+        if handle >= 0:
+            os.close(handle)
+
+
+def runner_of(pid: int) -> str:
+    """The run whose runner ``pid`` stems from, by its environment; empty if none or unknown."""
+    if Path("/proc/self").exists():
+        wanted = contract.ENV_RUNNER.encode() + b"="
+        with contextlib.suppress(OSError):
+            for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                if entry.startswith(wanted):
+                    return entry[len(wanted) :].decode(errors="replace")
+        return ""
+    with contextlib.suppress(psutil.Error):
+        return str(psutil.Process(pid).environ().get(contract.ENV_RUNNER, ""))
+    return ""
+
+
+def descendants(pid: int) -> dict[int, float]:
+    """Processes below ``pid`` in the process tree now: start time by pid.
+
+    Without what a runner that was started in there has made: a run in its own right, with its own guardian.
+    """
+    own = runner_of(pid)
+    found: dict[int, float] = {}
+    with contextlib.suppress(psutil.Error):
+        waiting = psutil.Process(pid).children()
+        while waiting:
+            process = waiting.pop()
+            started = start_time(process.pid)
+            if started is not None and runner_of(process.pid) in ("", own):
+                found[process.pid] = started
+                with contextlib.suppress(psutil.Error):
+                    waiting.extend(process.children())
+    return found
+
+
+def in_session(session: int, leader_started: float | None = None) -> dict[int, float]:
+    """Processes whose session id is ``session``, start time by pid: a kernel's session outlives it.
+
+    Empty if the pid belongs to a process that started at another time: the session is somebody else's.
+    """
+    leader = start_time(session)
+    if leader is not None and leader_started is not None and leader != leader_started:
+        return {}
+    found = {}
+    for pid in psutil.pids():
+        started = start_time(pid)
+        with contextlib.suppress(OSError):
+            if started is not None and os.getsid(pid) == session:
+                found[pid] = started
+    return found
+
+
+def end_group(leader: int, started: float | None) -> None:
+    """SIGKILL to the process group of ``leader``, if that is still the process that started then."""
+    if started is not None and start_time(leader) == started:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signum)
-            hit.append(pid)
-    return hit
+            if os.getpgid(leader) == leader:
+                os.killpg(leader, signal.SIGKILL)
+            else:
+                os.kill(leader, signal.SIGKILL)
 
 
-def reap(marker: str, *, session: int | None = None, wait_seconds: float = 2.0) -> list[int]:
+def reap(
+    marker: str,
+    *,
+    session: int | None = None,
+    session_started: float | None = None,
+    wait_seconds: float = 2.0,
+) -> list[int]:
     """Kill every process that carries ``marker`` or belongs to ``session``, until none is left.
 
     Repeats, since a process may fork while it is being looked for. Returns the pids that were killed;
     what is still there after ``wait_seconds`` (uninterruptible sleep) is left to the caller's next look.
     """
     killed: set[int] = set()
+    spared = {0, 1, os.getpid(), os.getppid()}
     give_up = time.monotonic() + wait_seconds
     while True:
-        pids = set(carrying(marker))
+        found = carrying(marker)
         if session is not None:
-            pids.update(in_session(session))
-        for pid in list(pids):
-            pids.update(descendants(pid))
-        pids -= {os.getpid(), os.getppid()}
-        if not pids:
+            found |= in_session(session, session_started)
+        for pid in list(found):
+            found |= descendants(pid)
+        found = {pid: started for pid, started in found.items() if pid not in spared}
+        if not found:
             return sorted(killed)
-        killed.update(kill_all(pids))
+        for pid, started in found.items():
+            with contextlib.suppress(PermissionError):
+                if send_signal(pid, started, signal.SIGKILL):
+                    killed.add(pid)
         if time.monotonic() > give_up:
             return sorted(killed)
         time.sleep(0.02)

@@ -16,7 +16,7 @@ from grd.files import LOCKS_UNSUPPORTED, atomic_write, take_lock
 from grd.runs import notebook_journal, store
 from grd.runs.events import EventLog, view_of
 from grd.runs.folder import RunFolder, process_marker
-from grd.runs.liveness import needs_recovery
+from grd.runs.liveness import HEARTBEAT_SECONDS, heartbeat_age, needs_recovery
 from grd.runs.model import RunRecord, now_iso
 from grd.runs.processes import boot_id, is_alive, reap
 
@@ -24,16 +24,23 @@ REAP_SECONDS = 0.3
 """Looking at a run must not take long: what does not die at once is met again by the next look."""
 
 
-def current_record(folder: RunFolder, record: RunRecord | None = None) -> RunRecord:
+GUARDIAN_SLACK_SECONDS = 10.0
+"""Beyond the grace: for a busy machine, and processes that are slow to die."""
+
+
+def current_record(folder: RunFolder, record: RunRecord | None = None, *, at_once: bool = False) -> RunRecord:
     """The record as it truly is now: recovered first if its runner is gone.
 
-    ``record`` is what was read of it just now, where the caller has done so. Raises RunNotFound or
-    ConfigurationError.
+    While the dead runner's guardian gives the kernel its grace the end is told, but not stored: the kernel
+    may still save. ``at_once`` kills it instead. ``record`` is what was read of it just now, where the
+    caller has done so. Raises RunNotFound or ConfigurationError.
     """
     if record is None:
         record = store.load(folder)
     if not needs_recovery(folder, record):
         return record
+    if not at_once and guardian_is_at_work(folder, record):
+        return _as_lost(folder, record, " yet; its guardian gives the kernel the grace to save")
     try:
         lock = take_lock(folder.recovery_lock, wait_seconds=0.5)
     except OSError as error:
@@ -62,10 +69,28 @@ def all_current(runs_dir: os.PathLike[str]) -> list[tuple[RunFolder, RunRecord]]
     return found
 
 
-def _as_lost(folder: RunFolder, record: RunRecord) -> RunRecord:
+def guardian_is_at_work(folder: RunFolder, record: RunRecord) -> bool:
+    """Whether a guardian of this machine still sees to the kernel of a runner that is gone.
+
+    No longer believed of one that is beyond the grace: it was stopped, or hangs.
+    """
+    if not any(is_alive(record.processes.get(name)) for name in ("guardian", "watcher")):
+        return False
+    silent = heartbeat_age(folder)
+    return silent is None or silent < HEARTBEAT_SECONDS + record.grace + GUARDIAN_SLACK_SECONDS
+
+
+def end_at_once(folder: RunFolder) -> None:
+    """Kill what the guardian of a dead runner still lets live; a run with a living runner is left to that."""
+    with contextlib.suppress(RunNotFound, ConfigurationError):
+        current_record(folder, at_once=True)
+
+
+def _as_lost(folder: RunFolder, record: RunRecord, remark: str = "") -> RunRecord:
     if not needs_recovery(folder, record):
         return record
     cause, detail = _what_was_lost(record)
+    detail += remark
     record.state, record.cause, record.detail = contract.INTERRUPTED, cause, detail
     record.resumable = True
     record.ended_at = record.ended_at or _last_sign_of_life(folder)
@@ -88,7 +113,7 @@ def _recover(folder: RunFolder, record: RunRecord) -> RunRecord:
     attempt.seconds = max(attempt.seconds, _seconds_between(attempt.started_at, record.ended_at))
     used = float(record.budget.get("used_seconds") or 0.0)
     record.budget["used_seconds"] = round(used + attempt.seconds, 3)
-    record.kernel_pid = None
+    record.note_processes({})
     paths = folder.attempt(record.attempt)
     with contextlib.suppress(OSError, ValueError, KeyError):
         notebook = notebook_journal.mark_lost(notebook_journal.rebuild(paths.output, paths.journal))

@@ -15,7 +15,7 @@ from grd.errors import ConfigurationError, RunBusy, RunNotFound
 from grd.files import read_json, take_lock
 from grd.runs import store
 from grd.runs.folder import RunFolder, run_folders
-from grd.runs.recovery import current_record
+from grd.runs.recovery import current_record, guardian_is_at_work
 
 ABANDONED_SECONDS = 3600.0
 """A start that is this old and has no name yet was killed in the middle."""
@@ -36,6 +36,9 @@ def remove_run(folder: RunFolder, *, dry_run: bool) -> Removed:
     if lock is None:
         raise RunBusy(f"{folder.run_id} is under way; first: grd stop {folder.run_id}")
     try:
+        with contextlib.suppress(RunNotFound, ConfigurationError):
+            if guardian_is_at_work(folder, store.load(folder)):
+                raise RunBusy(f"{folder.run_id} is ending; first: grd stop {folder.run_id} --now")
         removed = Removed(folder.path, "run", _size(folder.path))
         if not dry_run:
             # Renamed first: half of a run must never look like a run.

@@ -6,6 +6,7 @@ import json
 import time
 
 from grd.files import atomic_write
+from grd.runs import recovery
 from grd.runs.folder import RunFolder
 
 
@@ -16,6 +17,8 @@ def ask_to_stop(folder: RunFolder, reason: str, *, at_once: bool = False) -> Non
     """
     request = {"reason": reason, "now": at_once, "t": time.time()}
     atomic_write(folder.stop_file, json.dumps(request) + "\n", durable=False)
+    if at_once:
+        recovery.end_at_once(folder)  # nobody reads the request where only the guardian is left
 
 
 def forget_request(folder: RunFolder) -> None:

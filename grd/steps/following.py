@@ -12,10 +12,12 @@ from types import FrameType
 from typing import Any
 
 from grd import contract
+from grd.errors import ConfigurationError, RunNotFound
 from grd.runs import store
 from grd.runs.events import LiveView
 from grd.runs.folder import RunFolder
 from grd.runs.liveness import needs_recovery
+from grd.runs.recovery import guardian_is_at_work
 from grd.runs.stop_request import ask_to_stop
 
 POLL_SECONDS = 0.1
@@ -63,11 +65,20 @@ def follow(
 
 
 def is_under_way(folder: RunFolder, process: subprocess.Popen[bytes] | None = None) -> bool:
-    """Whether a runner works on this run now. Never waits."""
-    if process is not None:
-        return process.poll() is None
-    record = store.load(folder)
-    return record.state in (contract.QUEUED, contract.RUNNING) and not needs_recovery(folder, record)
+    """Whether a runner works on this run now, or its guardian after it. Never waits."""
+    if process is not None and process.poll() is None:
+        return True
+    try:
+        record = store.load(folder)
+    except (RunNotFound, ConfigurationError):
+        if process is None:
+            raise
+        return False
+    if record.state not in (contract.QUEUED, contract.RUNNING):
+        return False
+    if process is None and not needs_recovery(folder, record):
+        return True
+    return guardian_is_at_work(folder, record)
 
 
 def _pass_on(

@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from grd.execution.parameters import read_parameters_cell, resolve
 from grd.files import atomic_write, write_json
 from grd.runs import recovery, store
 from grd.runs.folder import RunFolder, new_run_id
+from grd.runs.liveness import needs_recovery
 from grd.runs.model import Attempt, RunRecord, now_iso, seconds_left
 from grd.runs.stop_request import forget_request
 from grd.settings import Settings, find_project_root, format_duration, load_settings
@@ -168,6 +170,7 @@ def resume(
     max_output: int | str | None = None,
     runs_dir: str | Path | None = None,
     allow_unknown: bool = False,
+    now: bool = False,
     wait: bool = True,
     on_start: Callable[[Run], None] | None = None,
     on_event: OnEvent | None = None,
@@ -176,7 +179,8 @@ def resume(
     """Go on with an interrupted or failed run, or with a completed one if something changed.
 
     ``notebook`` replaces the run's own copy, ``from_epoch`` goes back to the checkpoint after that epoch;
-    with ``wait=False`` it returns once the attempt has been started.
+    with ``wait=False`` it returns once the attempt has been started. Where the runner was killed and its
+    guardian still lets the kernel save, that is waited for; ``now`` kills the kernel instead.
     Raises RunNotFound, RunBusy, ResumeError, ApprovalRequired, and what `research` raises, before anything
     is started or changed.
     """
@@ -190,6 +194,7 @@ def resume(
         grace,
         max_output,
         allow_unknown=allow_unknown,
+        now=now,
         on_note=on_note,
     )
     return _see_to_end(started, wait, on_start, on_event, on_note)
@@ -206,8 +211,10 @@ def _resume(
     max_output: int | str | None,
     *,
     allow_unknown: bool,
+    now: bool = False,
     on_note: OnNote | None,
 ) -> Started:
+    _await_guardian(folder, now, on_note)
     record = recovery.current_record(folder)
     if record.state in (contract.RUNNING, contract.QUEUED):
         raise RunBusy(f"{record.run_id} is {record.state}; see: grd status {record.run_id}")
@@ -244,6 +251,25 @@ def _resume(
         os.close(lock)
         raise
     return _launch(folder, attempt.number, lock)
+
+
+def _await_guardian(folder: RunFolder, now: bool, on_note: OnNote | None) -> None:
+    """Two kernels must never train one run: the old one ends first."""
+    if now:
+        recovery.end_at_once(folder)
+        return
+    noted = False
+    while recovery.guardian_is_at_work(folder, record := store.load(folder)):
+        if not needs_recovery(folder, record):
+            return  # its runner lives: the run is busy
+        if not noted:
+            noted = True
+            _note(
+                on_note,
+                f"the kernel of attempt {record.attempt} has up to {format_duration(record.grace)} to save: "
+                "waiting; --now kills it",
+            )
+        time.sleep(0.1)
 
 
 def _create(

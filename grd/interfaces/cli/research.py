@@ -177,6 +177,7 @@ def research(
 @click.option(
     "--from", "from_epoch", type=int, metavar="EPOCH", help="Go back to the checkpoint after this epoch."
 )
+@click.option("--now", is_flag=True, help="Kill an old kernel that is still saving; do not wait for it.")
 @_parameter_options
 @_limit_options
 def resume(
@@ -184,6 +185,7 @@ def resume(
     all_interrupted: bool,
     notebook: str | None,
     from_epoch: int | None,
+    now: bool,
     pairs: tuple[tuple[str, str], ...],
     raws: tuple[tuple[str, str], ...],
     yamls: tuple[str, ...],
@@ -231,6 +233,7 @@ def resume(
             max_output=max_output,
             runs_dir=runs_dir,
             allow_unknown=allow_unknown,
+            now=now,
             wait=waits,
             on_start=lambda started: _announce(started, printer, quiet, waits),
             on_event=on_event,
