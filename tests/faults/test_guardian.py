@@ -112,6 +112,14 @@ def living(processes: dict[str, psutil.Process]) -> list[str]:
     return found
 
 
+def end_unmarked(processes: dict[str, psutil.Process]) -> list[psutil.Process]:
+    """Kill the children that had no environment, and return them."""
+    unmarked = [process for name, process in processes.items() if name.startswith("unmarked")]
+    for process in unmarked:
+        process.kill()
+    return unmarked
+
+
 def wait_for_the_end_of(processes: dict[str, psutil.Process]) -> None:
     wait_until(lambda: not living(processes), f"the end of {sorted(processes)}", 30)
 
@@ -137,6 +145,8 @@ def test_nothing_is_left_alive_after_sigkill_of(
     assert {name.split()[0] for name in left} == ({"worker"} if cells == "workers" else KINDS)
     for name in killed:
         processes[name].kill()
+    if {"guardian", "watcher"} <= set(killed):
+        end_unmarked(left)  # nobody is its ancestor any more, and without the mark nobody can know it
     wait_for_the_end_of({**processes, **left})
     shown = project.grd("status", "last", "--json").json
     cause = "runner_lost" if "runner" in killed else "kernel_died"
@@ -155,16 +165,14 @@ def test_where_all_who_could_act_were_killed_at_once_the_next_look_ends_the_rest
     wait_for_the_end_of(processes)
     shown = project.grd("status", "last", "--json").json
     assert (shown["state"], shown["cause"]) == ("interrupted", "runner_lost")
-    unmarked = {name: process for name, process in left.items() if name.startswith("unmarked")}
-    wait_for_the_end_of({name: process for name, process in left.items() if name not in unmarked})
-    for process in unmarked.values():
-        process.kill()  # without the mark, and without anybody of the run, nobody can know it
+    wait_for_the_end_of({name: process for name, process in left.items() if "unmarked" not in name})
+    end_unmarked(left)  # without the mark, and without anybody of the run, nobody can know it
     resumes(project)
 
 
 def test_a_stopped_runner_cannot_keep_the_kernel_beyond_the_deadline(project: Project) -> None:
     project.notebook("run.ipynb", CHILDREN, SLEEPING, "print('the end')", parameters=PARAMETERS)
-    process = project.start("research", "run.ipynb", "--timeout", "6s", "--grace", "2s")
+    process = project.start("research", "run.ipynb", "--timeout", "15s", "--grace", "2s")
     project.wait_for_output("here")
     record = project.record()
     kernel = psutil.Process(record["kernel_pid"])
