@@ -181,9 +181,11 @@ class Project:
 
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> None:
-    """As in a terminal: a shell starts background jobs, and CI its scripts, with SIGINT ignored."""
+    """As in a terminal: a shell starts background jobs with SIGINT ignored, and nohup ignores SIGHUP."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture
