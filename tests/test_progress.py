@@ -171,6 +171,7 @@ def test_a_terminal_gets_moving_bars_with_metrics_a_dumb_one_lines_and_no_color_
     command = ("research", "train.ipynb", "-p", "seconds", "0.3")
     colourful = on_a_terminal(project, *command)
     assert "\x1b[?25l" in colourful and "epochs 4/4" in colourful and "total=10" in colourful
+    assert "100%" in colourful and re.search(r"0:00:0\d", colourful)
     assert "\x1b[36m" in colourful
     grey = on_a_terminal(project, *command, env={"NO_COLOR": "1"})
     assert "\x1b[36m" not in grey and "\x1b[?25l" in grey

@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TaskProgressColumn,
+    TimeElapsedColumn,
+)
 from rich.text import Text
 
 from grd import contract
@@ -37,6 +46,8 @@ class ProgressBars:
             SpinnerColumn(finished_text="-"),
             _Field("run"),
             BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
             _Field("position"),
             _Field("metrics", "cyan"),
             console=Console(stderr=True, highlight=False),
