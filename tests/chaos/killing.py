@@ -54,7 +54,7 @@ class Plan:
             "kernel starting": (0.0, 1.2),
             "cell begun": (0.0, 0.5),
             "saving": (0.0, 0.02),
-            "between": (0.2, 3.0),
+            "between": (0.2, 5.0),
             "ending": (0.0, 0.4),
         }[moment]
         roles = [role for role in ROLES if dice.random() < 0.5] or [dice.choice(ROLES)]
