@@ -1,4 +1,4 @@
-"""``python -m tests.chaos``: kill runs, and fill their disks, at random moments; exit 1 if a promise breaks."""
+"""``python -m tests.chaos``: kill runs, fill their disks, at random moments; exit 1 if a promise breaks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # conftest, as for the tests
 
-from .killing import KillingLane, Tally, undisturbed_result
+from .campaign import Tally, undisturbed_result
+from .killing import Killing
 from .lane import Lane, Violation
 
 
@@ -26,12 +27,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="of all choices; default: the time")
     parser.add_argument("--lanes", type=int, default=2, help="runs at the same time")
     parser.add_argument("--torch-share", type=float, default=0.1, help="of the runs that train with torch")
-    parser.add_argument("--place", type=Path, default=None, help="where the runs lie; default: a temporary one")
+    parser.add_argument(
+        "--place", type=Path, default=None, help="where the runs lie; default: a temporary one"
+    )
     parser.add_argument("--verbose", action="store_true", help="a line for each kill")
     options = parser.parse_args()
     seed = int(time.time()) if options.seed is None else options.seed
     place = options.place or Path(tempfile.mkdtemp(prefix="grd-chaos-"))
-    print(f"chaos: seed {seed}, {options.kills} kills, {options.disk_full} full disks, in {place}", flush=True)
+    print(
+        f"chaos: seed {seed}, {options.kills} kills, {options.disk_full} full disks, in {place}", flush=True
+    )
     began = time.monotonic()
     load_before = os.getloadavg()
     tally = Tally()
@@ -75,7 +80,7 @@ def _kill(options: argparse.Namespace, seed: int, place: Path, tally: Tally) -> 
                     print(f"{time.strftime('%H:%M:%S')} lane {lane_number} {line}", flush=True)
 
             try:
-                KillingLane(lane, dice, kind, expected[kind], tally, take, give_back, say).one_run(more=True)
+                Killing(lane, dice, kind, expected[kind], tally, take, give_back, say).one_run(more=True)
             except Violation as violation:
                 with tally.lock:
                     tally.violations.append(str(violation))

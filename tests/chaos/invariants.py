@@ -163,7 +163,7 @@ class Checker:
         have = [int(number) for number in _NOTE.findall(_text(notebook))]
         self.expect(have == sorted(set(have)), f"attempt {attempt}: outputs are repeated or out of order")
         lost = sorted(set(old) - set(have))
-        when = dict((number, t) for t, number in notes)
+        when = {number: t for t, number in notes}
         self.expect(
             not lost,
             f"attempt {attempt}: {len(lost)} outputs older than 2 s are lost, the oldest of "
@@ -181,7 +181,8 @@ class Checker:
         cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
         statuses = [cell["metadata"].get("papermill", {}).get("status", "pending") for cell in cells]
         order = "".join(
-            {"completed": "c", "interrupted": "x", "failed": "x"}.get(status, status[0]) for status in statuses
+            {"completed": "c", "interrupted": "x", "failed": "x"}.get(status, status[0])
+            for status in statuses
         )
         self.expect(re.fullmatch("c*x?p*", order), f"attempt {attempt}: cell statuses are {statuses}")
         for cell, status in zip(cells, statuses, strict=True):

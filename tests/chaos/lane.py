@@ -70,7 +70,7 @@ def _stat(pid: int) -> tuple[int, int] | None:
 def _all_members(lane: str) -> Iterator[Member]:
     wanted = f"{LANE_VARIABLE}={lane}".encode()
     found: dict[int, tuple[int, int, list[str]]] = {}
-    for name in os.listdir("/proc"):
+    for name in (entry.name for entry in os.scandir("/proc")):
         if not name.isdigit():
             continue
         stat = _stat(int(name))
