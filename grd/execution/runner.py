@@ -23,7 +23,7 @@ from grd.errors import GrdError
 from grd.execution.outcome import Outcome, storage_cause
 from grd.execution.stopping import Stopper
 from grd.files import atomic_write, read_json, write_json
-from grd.runs import handover, store
+from grd.runs import handover, leftovers, store
 from grd.runs.events import Digest, EventLog, view_of
 from grd.runs.folder import RunFolder, process_marker
 from grd.runs.liveness import HEARTBEAT_SECONDS
@@ -98,6 +98,7 @@ class Runner:
         record, attempt = self.record, self.attempt
         # Fence first: from here on no older attempt can write a checkpoint.
         atomic_write(self.folder.fence, f"{attempt.number}\n")
+        leftovers.sweep(self.folder)
         record.runner = identity()
         record.state = attempt.state = contract.RUNNING
         record.cause = attempt.cause = record.detail = attempt.detail = None
@@ -160,10 +161,11 @@ class Runner:
 
     def _prepare_checkpoints(self) -> None:
         """A new lineage must not find later epochs of an older one."""
-        from grd.experiment.checkpoint_folder import set_aside
+        from grd.experiment.checkpoint_folder import set_aside, sweep
 
         checkpoints = Path(self.record.checkpoint_dir)
         checkpoints.mkdir(parents=True, exist_ok=True)
+        sweep(checkpoints)
         back_to = self.attempt.changes.get("from_epoch")
         if back_to is not None:
             moved = set_aside(checkpoints, after_epoch=int(back_to), reason=f"resumed from epoch {back_to}")

@@ -240,6 +240,7 @@ def _resume(
         record.attempt, record.lineage = attempt.number, attempt.lineage
         record.attempts.append(attempt)
         record.state, record.cause, record.detail = contract.QUEUED, None, None
+        record.runner = None  # the last attempt's: this one has none yet, on whatever machine
         record.grd_version = grd.__version__
         paths = folder.attempt(attempt.number)
         paths.path.mkdir(parents=True, exist_ok=True)
