@@ -23,16 +23,13 @@ from grd.errors import GrdError
 from grd.execution.outcome import Outcome, storage_cause
 from grd.execution.stopping import Stopper
 from grd.files import atomic_write, read_json, write_json
-from grd.runs import handover, leftovers, store
+from grd.runs import handover, leftovers, reserve, store
 from grd.runs.events import Digest, EventLog, view_of
 from grd.runs.folder import RunFolder, process_marker
 from grd.runs.liveness import HEARTBEAT_SECONDS
 from grd.runs.model import now_iso, seconds_left
 from grd.runs.processes import identity, reap
 from grd.runs.recovery import resume_command
-
-RESERVE_BYTES = 256 * 1024
-"""More than run.json, metrics.json and a last event need."""
 
 HARDWARE_SECONDS = 3.0
 """A run shorter than the description of its machine waits so long for it: later attempts compare with it."""
@@ -107,7 +104,7 @@ class Runner:
         record.started_at = attempt.started_at = now_iso()
         deadline = datetime.now(UTC) + timedelta(seconds=self.seconds)
         record.deadline = deadline.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        self.folder.reserve.write_bytes(b"\1" * RESERVE_BYTES)  # zeros may be stored as a hole
+        reserve.take(self.folder)
         self._prepare_checkpoints()
         self.events.write(contract.EVENT_STATE, state=contract.RUNNING, resume=attempt.resume)
         store.save(self.folder, record)
@@ -291,7 +288,7 @@ class Runner:
 
     def _end(self, outcome: Outcome) -> None:
         record, attempt = self.record, self.attempt
-        self.folder.reserve.unlink(missing_ok=True)
+        reserve.give_back(self.folder)
         view = view_of(self.folder)
         attempt.state, attempt.cause, attempt.detail = outcome.state, outcome.cause, outcome.detail
         attempt.stop, attempt.cells, attempt.oom = outcome.stop, outcome.cells, outcome.oom

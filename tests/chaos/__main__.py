@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # conftest, as for the tests
 
-from .campaign import Tally, undisturbed_result
+from .campaign import Tally, undisturbed
+from .filling import CannotMount, Disk, Filling
 from .killing import Killing
 from .lane import Lane, Violation
 
@@ -39,8 +40,15 @@ def main() -> int:
     )
     began = time.monotonic()
     load_before = os.getloadavg()
-    tally = Tally()
-    _kill(options, seed, place, tally)
+    chaos = Chaos(options, seed, place)
+    if options.kills:
+        chaos.in_lanes("kill", options.kills)
+    if options.disk_full:
+        try:
+            chaos.in_lanes("disk", options.disk_full)
+        except CannotMount as error:
+            print(f"SKIPPED: full disks need a small file system, which cannot be mounted here: {error}")
+    tally = chaos.tally
     _report(tally, seed, time.monotonic() - began, load_before)
     if tally.violations:
         print(f"kept for a look: {place}; again: --seed {seed}")
@@ -49,50 +57,85 @@ def main() -> int:
     return 0
 
 
-def _kill(options: argparse.Namespace, seed: int, place: Path, tally: Tally) -> None:
-    left, lock = options.kills, threading.Lock()
+class Wanted:
+    """How many disturbances are still wanted, over all lanes."""
 
-    def take() -> bool:
-        nonlocal left
-        with lock:
-            left -= 1
-            return left >= 0
+    def __init__(self, number: int) -> None:
+        self.left = number
+        self._lock = threading.Lock()
 
-    def give_back() -> None:
-        nonlocal left
-        with lock:
-            left += 1
+    def take(self) -> bool:
+        with self._lock:
+            self.left -= 1
+            return self.left >= 0
 
-    reference = Lane.make(place / "undisturbed")
-    kinds = ["plain"] + (["torch"] if options.torch_share > 0 else [])
-    expected = {kind: undisturbed_result(reference, kind) for kind in kinds}
+    def give_back(self) -> None:
+        with self._lock:
+            self.left += 1
 
-    def run_lane(number: int) -> None:
-        dice = random.Random(f"{seed}-{number}")
+
+class Chaos:
+    """All lanes of one call."""
+
+    def __init__(self, options: argparse.Namespace, seed: int, place: Path) -> None:
+        self.options, self.seed, self.place = options, seed, place
+        self.tally = Tally()
+        reference = Lane.make(place / "undisturbed")
+        kinds = ["plain"] + (["torch"] if options.torch_share > 0 else [])
+        self.expected = {kind: undisturbed(reference, kind) for kind in kinds}
+
+    def in_lanes(self, what: str, number: int) -> None:
+        """``number`` disturbances in as many lanes as were asked for."""
+        wanted = Wanted(number)
+        with ThreadPoolExecutor(self.options.lanes) as pool:
+            lanes = [pool.submit(self._lane, what, n, wanted) for n in range(self.options.lanes)]
+            for lane in lanes:
+                lane.result()
+
+    def _lane(self, what: str, number: int, wanted: Wanted) -> None:
+        dice = random.Random(f"{self.seed}-{what}-{number}")
         turn = 0
-        while left > 0:
+        while wanted.left > 0:
             turn += 1
-            kind = "torch" if dice.random() < options.torch_share else "plain"
-            lane = Lane.make(place / f"lane-{number}-{turn}")
-
-            def say(line: str, lane_number: int = number) -> None:
-                if options.verbose:
-                    print(f"{time.strftime('%H:%M:%S')} lane {lane_number} {line}", flush=True)
-
+            name = f"{what}-{number}-{turn}"
             try:
-                Killing(lane, dice, kind, expected[kind], tally, take, give_back, say).one_run(more=True)
+                self._one_run(what, name, dice, wanted)
             except Violation as violation:
-                with tally.lock:
-                    tally.violations.append(str(violation))
-                print(f"VIOLATION (lane {number}, seed {seed}): {violation}", flush=True)
-            else:
-                shutil.rmtree(lane.path, ignore_errors=True)
-            finally:
-                lane.end()
+                with self.tally.lock:
+                    self.tally.violations.append(f"{name}: {violation}")
+                print(f"VIOLATION ({name}, seed {self.seed}): {violation}", flush=True)
 
-    with ThreadPoolExecutor(options.lanes) as pool:
-        for future in [pool.submit(run_lane, number) for number in range(options.lanes)]:
-            future.result()
+    def _one_run(self, what: str, name: str, dice: random.Random, wanted: Wanted) -> None:
+        def say(line: str) -> None:
+            if self.options.verbose:
+                print(f"{time.strftime('%H:%M:%S')} {name:<10} {line}", flush=True)
+
+        kind = "torch" if what == "kill" and dice.random() < self.options.torch_share else "plain"
+        place = self.place / name
+        disk = Disk(place / "disk") if what == "disk" else None
+        if disk is not None:
+            disk.mount()
+        lane = Lane.make(place, None if disk is None else disk.path / "runs")
+        campaign = (Killing if disk is None else Filling)(
+            lane, dice, kind, self.expected[kind], self.tally, wanted.take, wanted.give_back, say
+        )
+        try:
+            if isinstance(campaign, Filling):
+                assert disk is not None
+                campaign.disk = disk
+            campaign.one_run()
+        except BaseException:
+            lane.end()
+            if disk is not None:
+                disk.free()
+                shutil.copytree(disk.path, place / "disk-kept", symlinks=True)
+                disk.unmount()
+            raise
+        lane.end()
+        if disk is not None:
+            disk.free()
+            disk.unmount()
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _report(tally: Tally, seed: int, seconds: float, load_before: tuple[float, ...]) -> None:
@@ -100,6 +143,7 @@ def _report(tally: Tally, seed: int, seconds: float, load_before: tuple[float, .
     rows = [
         ("seed", seed),
         ("kills", tally.kills),
+        ("full disks", tally.fillings),
         ("runs started", tally.runs),
         ("runs completed with the equal result", tally.completed),
         ("starts killed before there was a run", tally.unborn),

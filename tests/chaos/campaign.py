@@ -32,7 +32,7 @@ MOMENTS = {
 
 SPANS = {
     "command starting": (0.0, 1.8),
-    "kernel starting": (0.0, 1.2),
+    "kernel starting": (0.0, 2.0),
     "cell begun": (0.0, 0.5),
     "saving": (0.0, 0.02),
     "between": (0.2, 5.0),
@@ -52,6 +52,7 @@ class Tally:
     """What was done and seen, over all lanes."""
 
     kills: int = 0
+    fillings: int = 0
     runs: int = 0
     completed: int = 0
     by_moment: Counter[str] = field(default_factory=Counter)
@@ -68,6 +69,14 @@ class Tally:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What comes of a run that nobody disturbs."""
+
+    result: str
+    history: list[dict[str, Any]]
+
+
 class Campaign:
     """One sequence of runs that are disturbed; ``take`` says whether another disturbance is wanted."""
 
@@ -76,7 +85,7 @@ class Campaign:
         lane: Lane,
         dice: random.Random,
         kind: str,
-        expected: str,
+        expected: Expected,
         tally: Tally,
         take: Callable[[], bool],
         give_back: Callable[[], None],
@@ -87,8 +96,19 @@ class Campaign:
         self.attempts_before = 0
         self.lost_from: dict[int, float] = {}
         """When the attempts of the run under way were hit."""
+        self.on_full_disk: set[int] = set()
+        """Attempts that may have ended without room for their last snapshot: the journal holds the rest."""
         write_training(lane.project / "train.ipynb", kind)
         self.known: set[Path] = set(lane.run_folders())
+
+    def begin_run(self) -> None:
+        """Forget the run before."""
+        self.lost_from.clear()
+        self.on_full_disk.clear()
+
+    def options(self) -> list[str]:
+        """Of the start of a run."""
+        return ["-p", "printed", str(self.lane.printed), "--timeout", "1h", "--grace", f"{GRACE_SECONDS}s"]
 
     def start_command(self, folder: Path | None) -> Command:
         detached = ["--detach"] if self.dice.random() < 0.2 else []
@@ -96,8 +116,7 @@ class Campaign:
             return self.lane.start("resume", folder.name, *detached)
         with self.tally.lock:
             self.tally.runs += 1
-        options = ["-p", "printed", str(self.lane.printed), "--timeout", "1h", "--grace", f"{GRACE_SECONDS}s"]
-        return self.lane.start("research", "train.ipynb", *options, *detached)
+        return self.lane.start("research", "train.ipynb", *self.options(), *detached)
 
     def new_folder(self) -> Path | None:
         new = [path for path in self.lane.run_folders() if path not in self.known]
@@ -113,26 +132,31 @@ class Campaign:
         if moment == "command starting":
             return folder, True
         give_up = time.monotonic() + START_SECONDS
+        look_at_processes = 0.0
         while time.monotonic() < give_up:
             folder = folder or self.new_folder()
             if folder is not None and len(self.attempts(folder)) > self.attempts_before:
                 if self.has_come(moment, folder, self.record(folder)["attempt"]):
                     return folder, True
-                if self.is_over(folder) or not self.lane.cast(("runner", "command")):
+                if self.is_over(folder):
                     return folder, False
+                if time.monotonic() > look_at_processes:
+                    if not self.lane.cast(("runner", "command")):
+                        return folder, False
+                    look_at_processes = time.monotonic() + 1.0
             elif command.ended:
                 return folder, False
-            time.sleep(0.01 if moment == "saving" else 0.03)
+            time.sleep(0.02 if moment == "saving" else 0.05)
         raise Violation(f"{moment!r} did not come in {START_SECONDS:.0f} s: {command.said[-500:]}")
 
     def has_come(self, moment: str, folder: Path, attempt: int) -> bool:
-        if moment == "kernel starting":
-            return bool(self.lane.cast(("guardian", "kernel")))
         if moment == "saving":
             names = [path.name for path in (folder / "checkpoints").glob(".checkpoint_*.tmp")]
             if names:
                 return True
         events = [e for e in read_lines(folder / "events.jsonl") if e.get("attempt") == attempt]
+        if moment == "kernel starting":
+            return any(e["kind"] == "state" for e in events)
         if moment == "cell begun":
             return any(e["kind"] == "cell" and e["status"] == "running" for e in events)
         if moment == "between":
@@ -190,13 +214,18 @@ class Campaign:
         record = checker.record
         notebook = checker.rebuilt(record["attempt"])
         result = result_of(notebook) if notebook is not None else None
-        checker.expect(result == self.expected, f"the result is {result}, without kills {self.expected}")
+        wanted = self.expected
+        checker.expect(result == wanted.result, f"the result is {result}, undisturbed {wanted.result}")
+        history = self.lane.grd("result", folder.name, "--json").json["history"]
+        checker.expect(history == wanted.history, "the history differs from that of an undisturbed run")
         listed = self.lane.grd("list", "--json", "--limit", "100000").json
         known = {row["run_id"] for row in listed["runs"]}
         missing = [path.name for path in self.known if path.name not in known]
         checker.expect(not missing, f"lost runs: {missing}")
         for number in range(1, record["attempt"] + 1):
-            checker.notebook(number, 0.0, on_disk=True)
+            whole = number == record["attempt"]  # nobody hit it, or too late
+            hit = float("inf") if whole else self.lost_from.get(number, 0.0)
+            checker.notebook(number, hit, on_disk=whole or number not in self.on_full_disk)
             later = checker.notes(number)
             earlier = [t for before in range(1, number) for t, _ in checker.notes(before)]
             if earlier and later:
@@ -213,8 +242,8 @@ class Campaign:
         self.known.discard(folder)
 
 
-def undisturbed_result(lane: Lane, kind: str) -> str:
-    """The result of a run that nobody disturbs. Raises Violation."""
+def undisturbed(lane: Lane, kind: str) -> Expected:
+    """Run the notebook of ``kind`` undisturbed. Raises Violation."""
     write_training(lane.project / "undisturbed.ipynb", kind)
     options = ["-p", "printed", str(lane.printed), "--timeout", "1h"]
     run = lane.grd("research", "undisturbed.ipynb", *options, "--json")
@@ -224,5 +253,6 @@ def undisturbed_result(lane: Lane, kind: str) -> str:
     result = result_of(checker.rebuilt(1) or {"cells": []})
     if result is None:
         raise Violation("the undisturbed run printed no result")
+    history = lane.grd("result", checker.folder.name, "--json").json["history"]
     shutil.rmtree(checker.folder)
-    return result
+    return Expected(result, history)

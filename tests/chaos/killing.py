@@ -50,17 +50,17 @@ class Killing(Campaign):
 
     # --- one run ---
 
-    def one_run(self, more: bool) -> None:
+    def one_run(self) -> None:
         """Start a run and kill it until it is completed. Raises Violation."""
         folder: Path | None = None
         old_temporaries: set[Path] = set()
-        self.lost_from.clear()
+        self.begin_run()
         while True:
             self.attempts_before = len(self.attempts(folder)) if folder is not None else 0
             command = self.start_command(folder)
             killed: set[str] = set()
             while True:
-                plan = Plan.draw(self.dice) if more and self.take() else None
+                plan = Plan.draw(self.dice) if self.take() else None
                 if plan is None:
                     self.await_completion(folder, command)
                     return
@@ -90,7 +90,7 @@ class Killing(Campaign):
             try:
                 self._after_kill(checker, plan, killed, at, command)
                 left = checker.temporaries()
-                if self._has_begun(checker):
+                if checker.record["attempt"] > self.attempts_before and self._has_begun(checker):
                     stays = sorted(p.name for p in left & old_temporaries)
                     checker.expect(not stays, f"left behind after a resume: {stays}")
                 old_temporaries = left

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 LANE_VARIABLE = "CHAOS_LANE"
+_ANY_LANE = LANE_VARIABLE.encode() + b"="
 COMMAND_SECONDS = 120.0
 """Longer than any command takes on a busy machine."""
 
@@ -25,7 +26,7 @@ class Violation(Exception):
     """Something that grd promises did not hold."""
 
 
-def wait_for(condition: Callable[[], T], seconds: float, *, every: float = 0.02) -> T:
+def wait_for(condition: Callable[[], T], seconds: float, *, every: float = 0.1) -> T:
     """The first true value of ``condition``, or its last one after ``seconds``."""
     give_up = time.monotonic() + seconds
     while True:
@@ -67,6 +68,10 @@ def _stat(pid: int) -> tuple[int, int] | None:
     return None if fields[0] in "ZX" else (int(fields[1]), int(fields[19]))
 
 
+_strangers: set[tuple[int, int]] = set()
+"""Processes, by pid and start, that belong to no lane: what they were started with never changes that."""
+
+
 def _all_members(lane: str) -> Iterator[Member]:
     wanted = f"{LANE_VARIABLE}={lane}".encode()
     found: dict[int, tuple[int, int, list[str]]] = {}
@@ -74,10 +79,13 @@ def _all_members(lane: str) -> Iterator[Member]:
         if not name.isdigit():
             continue
         stat = _stat(int(name))
-        if stat is None:
+        if stat is None or (int(name), stat[1]) in _strangers:
             continue
         with contextlib.suppress(OSError):
-            if wanted in Path(f"/proc/{name}/environ").read_bytes().split(b"\0"):
+            variables = Path(f"/proc/{name}/environ").read_bytes().split(b"\0")
+            if variables != [b""] and not any(v.startswith(_ANY_LANE) for v in variables):
+                _strangers.add((int(name), stat[1]))
+            if wanted in variables:
                 words = Path(f"/proc/{name}/cmdline").read_bytes().decode(errors="replace").split("\0")
                 found[int(name)] = (*stat, words)
 
