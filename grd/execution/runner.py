@@ -78,7 +78,7 @@ class Runner:
         try:
             outcome = self._begin_and_execute()
         except BaseException as error:
-            traceback.print_exc()
+            _log(traceback.format_exc())
             outcome = _outcome_of_crash(error)
         finally:
             reap(process_marker(self.record.run_id, self.attempt.number))
@@ -124,7 +124,7 @@ class Runner:
         try:
             handover.write_state_page(self.folder.path.parent)
         except (OSError, GrdError) as error:
-            print(f"STATE.md was left as it is: {error}", file=sys.stderr)
+            _log(f"STATE.md was left as it is: {error}")
 
     def _describe_hardware(self) -> None:
         """What this attempt runs on, beside the work; a resume on another machine is pointed out."""
@@ -363,11 +363,17 @@ class Runner:
                 return
             except OSError as error:
                 if storage_cause(error) != contract.DISK_FULL or time.monotonic() > give_up:
-                    print(f"run.json could not be written: {error}", file=sys.stderr)
+                    _log(f"run.json could not be written: {error}")
                     break
                 time.sleep(0.1)
         if self.folder.path.is_dir():
             last_word.keep(self.folder, self.record)
+
+
+def _log(text: str) -> None:
+    """A line for runner.log, which lies on the very disk that may have failed."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _outcome_of_crash(error: BaseException) -> Outcome:

@@ -15,8 +15,6 @@ from conftest import Project, wait_until
 from grd.files import is_locked
 from grd.runs import notebook_journal
 
-SAVED_WITHIN_SECONDS = 2.0
-
 
 @dataclass(frozen=True)
 class Before:

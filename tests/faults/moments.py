@@ -7,12 +7,16 @@ that a test can tell which outputs were older than 2 s. With ``resume`` every ce
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 from conftest import Project, wait_until
+
+SAVED_WITHIN_SECONDS = 2.0
+"""Output that is older is on disk, whatever happens."""
 
 PARAMETERS = "timeout = None\ncheckpoint_dir = ''\nresume = False"
 
@@ -145,7 +149,11 @@ def the_kernel_is_starting(project: Project) -> None:
 
 
 def a_cell_prints(project: Project) -> None:
+    """And has done so for long enough that the fault must not lose it."""
     project.wait_for_output("here")
+    wait_until(
+        lambda: "here" in said_before(project, time.monotonic() - SAVED_WITHIN_SECONDS), "older output"
+    )
 
 
 def the_gil_is_held(project: Project) -> None:

@@ -14,7 +14,6 @@ import pytest
 from conftest import Project, cannot_be_had, wait_until
 from disks import Disk, mounted
 from invariants import (
-    SAVED_WITHIN_SECONDS,
     Before,
     known_processes,
     no_scraps,
@@ -23,7 +22,16 @@ from invariants import (
     nothing_is_locked,
     record_and_events_agree,
 )
-from moments import BEFORE_THE_FIRST_CELL, CLEANUP, MOMENTS, children, prepare, release, said_before
+from moments import (
+    BEFORE_THE_FIRST_CELL,
+    CLEANUP,
+    MOMENTS,
+    SAVED_WITHIN_SECONDS,
+    children,
+    prepare,
+    release,
+    said_before,
+)
 from strikes import FAULTS, SIGNALS, Fault, clock_environment, hang_up, now
 
 pytestmark = pytest.mark.faults
