@@ -149,7 +149,7 @@ def test_a_stream_that_a_snapshot_cut_in_two_is_whole_when_the_runner_is_killed(
     project.notebook(
         "printing.ipynb",
         "import os, signal, time, psutil\n"
-        "for number in range(300): print(number, 'x' * 500, flush=True)\n"  # more than a first snapshot waits for
+        "for number in range(300): print(number, 'x' * 500, flush=True)\n"
         "time.sleep(2)\n"
         "for number in range(300, 320): print(number, flush=True)\n"
         "time.sleep(2)\n"
