@@ -143,3 +143,21 @@ def test_the_journal_of_endless_output_does_not_grow_without_end(project: Projec
     folder = project.path / "experiments" / json.loads(ended.out)["run_id"]
     files = [file for file in folder.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 10_000_000
+
+
+def test_a_stream_that_a_snapshot_cut_in_two_is_whole_when_the_runner_is_killed(project: Project) -> None:
+    project.notebook(
+        "printing.ipynb",
+        "import os, signal, time, psutil\n"
+        "for number in range(300): print(number, 'x' * 500, flush=True)\n"
+        "time.sleep(2)\n"
+        "for number in range(300, 320): print(number, flush=True)\n"
+        "time.sleep(2)\n"
+        "runner = psutil.Process()\n"
+        "while 'grd.execution.runner' not in runner.cmdline(): runner = runner.parent()\n"
+        "runner.kill()\n"
+        "time.sleep(600)",
+    )
+    assert project.grd("research", "printing.ipynb", "--grace", "1s").code == 75
+    (outputs,) = outputs_of(project, project.only_run().name)
+    assert [line.split()[0] for line in text_of(outputs).splitlines()] == [str(n) for n in range(320)]

@@ -124,6 +124,12 @@ def _stop_detail(seen: Seen) -> str | None:
         return "the kernel was killed at once, as asked; what was not saved by then is lost"
     if seen.killed:
         return "the grace period ran out and the kernel was killed; what was not saved by then is lost"
+    if seen.kernel_start_error is not None:
+        return "stopped before the first cell"
     if seen.cell_error is not None and seen.cell_error.name not in _INTERRUPTIONS:
         return f"while stopping, {seen.cell_error}"
+    if seen.kernel_died:
+        return f"while stopping, the kernel died: {describe_exit(seen.kernel_returncode)}"
+    if seen.storage_error is not None:
+        return f"the notebook could not be saved: {seen.storage_error}"
     return None

@@ -7,6 +7,7 @@ that there is no moment in which a live run looks dead: ``python -m grd.executio
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from grd.errors import GrdError
 from grd.execution.outcome import Outcome, storage_cause
 from grd.execution.stopping import Stopper
 from grd.files import atomic_write, read_json, write_json
-from grd.runs import handover, store
+from grd.runs import handover, last_word, store
 from grd.runs.events import Digest, EventLog, view_of
 from grd.runs.folder import RunFolder, process_marker
 from grd.runs.liveness import HEARTBEAT_SECONDS
@@ -33,6 +34,9 @@ from grd.runs.recovery import resume_command
 
 RESERVE_BYTES = 256 * 1024
 """More than run.json, metrics.json and a last event need."""
+
+STORING_SECONDS = 1.0
+"""Somebody else may hold the last block for a moment; a runner that waits longer is one that stays behind."""
 
 HARDWARE_SECONDS = 3.0
 """A run shorter than the description of its machine waits so long for it: later attempts compare with it."""
@@ -74,7 +78,7 @@ class Runner:
         try:
             outcome = self._begin_and_execute()
         except BaseException as error:
-            traceback.print_exc()
+            _log(traceback.format_exc())
             outcome = _outcome_of_crash(error)
         finally:
             reap(process_marker(self.record.run_id, self.attempt.number))
@@ -120,7 +124,7 @@ class Runner:
         try:
             handover.write_state_page(self.folder.path.parent)
         except (OSError, GrdError) as error:
-            print(f"STATE.md was left as it is: {error}", file=sys.stderr)
+            _log(f"STATE.md was left as it is: {error}")
 
     def _describe_hardware(self) -> None:
         """What this attempt runs on, beside the work; a resume on another machine is pointed out."""
@@ -280,8 +284,10 @@ class Runner:
                 self.folder.heartbeat.write_text(f"{os.getpid()}\n")
             except FileNotFoundError:
                 self.stopper.request(contract.STORAGE)  # the run folder was deleted: nobody can read the rest
-            except OSError:
-                pass  # a full disk: the saver sees it too, and knows more
+            except OSError as error:
+                # A full disk may have room again before anything is to be written: the saver knows more.
+                if error.errno == errno.EROFS:
+                    self.stopper.request(contract.STORAGE)
             with contextlib.suppress(Exception):  # only a cache, and whatever somebody wrote into the events
                 digest.keep_up()
             if self._beating.wait(HEARTBEAT_SECONDS):
@@ -289,7 +295,8 @@ class Runner:
 
     def _end(self, outcome: Outcome) -> None:
         record, attempt = self.record, self.attempt
-        self.folder.reserve.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.reserve.unlink(missing_ok=True)
         view = view_of(self.folder)
         attempt.state, attempt.cause, attempt.detail = outcome.state, outcome.cause, outcome.detail
         attempt.stop, attempt.cells, attempt.oom = outcome.stop, outcome.cells, outcome.oom
@@ -349,16 +356,24 @@ class Runner:
 
     def _store_end(self) -> None:
         """Write the end of the run, on a full disk too: try for a while, then leave it to recovery."""
-        give_up = time.monotonic() + 10.0
+        give_up = time.monotonic() + STORING_SECONDS
         while True:
             try:
                 store.save(self.folder, self.record)
                 return
             except OSError as error:
-                if time.monotonic() > give_up:
-                    print(f"run.json could not be written: {error}", file=sys.stderr)
-                    return
-                time.sleep(0.5)
+                if storage_cause(error) != contract.DISK_FULL or time.monotonic() > give_up:
+                    _log(f"run.json could not be written: {error}")
+                    break
+                time.sleep(0.1)
+        if self.folder.path.is_dir():
+            last_word.keep(self.folder, self.record)
+
+
+def _log(text: str) -> None:
+    """A line for runner.log, which lies on the very disk that may have failed."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _outcome_of_crash(error: BaseException) -> Outcome:
