@@ -68,6 +68,7 @@ def research(
     kernel: str | None = None,
     checkpoint_dir: str | Path | None = None,
     grace: float | str | None = None,
+    start_timeout: float | str | None = None,
     max_output: int | str | None = None,
     runs_dir: str | Path | None = None,
     allow_unknown: bool = False,
@@ -80,7 +81,8 @@ def research(
 ) -> Run:
     """Run ``notebook`` to its end, or to an interruption; the `Run` tells which.
 
-    ``timeout`` (one attempt), ``budget`` (all attempts together) and ``grace`` are seconds or ``"30m"``.
+    ``timeout`` (one attempt), ``budget`` (all attempts together), ``grace`` and ``start_timeout`` (for the
+    kernel to answer after its start) are seconds or ``"30m"``.
     ``max_output`` is how much output the notebook keeps, in bytes or as ``"100MB"``.
     With ``wait=False`` it returns once the run has been started; the run outlives this process either way.
     ``key`` makes the call idempotent: the run that was started with it is attached to, resumed, or just
@@ -89,7 +91,9 @@ def research(
     is started or written.
     """
     root = find_project_root(Path.cwd())
-    settings, _ = load_settings(root, {"grace": grace, "max_output": max_output})
+    read_seconds("--start-timeout", start_timeout)
+    flags = {"grace": grace, "max_output": max_output, "start_timeout": start_timeout}
+    settings, _ = load_settings(root, flags)
     request = check(str(notebook), parameters or {}, kernel=kernel, allow_unknown=allow_unknown)
     limits = read_limits(timeout, budget, settings)
     place = runs_folder(runs_dir)
@@ -110,7 +114,7 @@ def research(
             started = create()
             slot.assign(started.folder)
         else:
-            started = _go_on(known, request, key, timeout, budget, grace, max_output, on_note)
+            started = _go_on(known, request, key, timeout, budget, grace, start_timeout, max_output, on_note)
     return _see_to_end(started, wait, on_start, on_event, on_note)
 
 
@@ -121,6 +125,7 @@ def _go_on(
     timeout: float | str | None,
     budget: float | str | None,
     grace: float | str | None,
+    start_timeout: float | str | None,
     max_output: int | str | None,
     on_note: OnNote | None,
 ) -> Started:
@@ -152,6 +157,7 @@ def _go_on(
         more_time,
         more_budget,
         grace,
+        start_timeout,
         max_output,
         allow_unknown=True,
         on_note=on_note,
@@ -167,6 +173,7 @@ def resume(
     timeout: float | str | None = None,
     budget: float | str | None = None,
     grace: float | str | None = None,
+    start_timeout: float | str | None = None,
     max_output: int | str | None = None,
     runs_dir: str | Path | None = None,
     allow_unknown: bool = False,
@@ -192,6 +199,7 @@ def resume(
         timeout,
         budget,
         grace,
+        start_timeout,
         max_output,
         allow_unknown=allow_unknown,
         now=now,
@@ -208,6 +216,7 @@ def _resume(
     timeout: float | str | None,
     budget: float | str | None,
     grace: float | str | None,
+    start_timeout: float | str | None,
     max_output: int | str | None,
     *,
     allow_unknown: bool,
@@ -225,6 +234,8 @@ def _resume(
             folder, record, parameters, notebook, from_epoch, allow_unknown=allow_unknown
         )
         _apply_limits(record, changes, timeout, budget, grace)
+        if start_timeout is not None:
+            record.start_timeout = read_seconds("--start-timeout", start_timeout) or record.start_timeout
         if max_output is not None:
             record.max_output = read_size("--max-output", max_output)
         _check_resumable(record, changes)
