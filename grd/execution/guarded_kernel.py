@@ -66,7 +66,8 @@ class GuardedKernel:
             with self._lock:
                 self._listen()
             if self._failed is not None:
-                self._watcher.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._watcher.wait(2.0)  # it has nothing to guard
                 raise self._failed
             if self.returncode is not None or time.monotonic() > give_up:
                 self.end_tree()
