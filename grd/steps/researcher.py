@@ -283,6 +283,25 @@ def _await_guardian(folder: RunFolder, now: bool, on_note: OnNote | None) -> Non
         time.sleep(0.1)
 
 
+def _reserve(runs_dir: Path, name: str) -> tuple[RunFolder, RunFolder]:
+    """A run folder that nobody else has or will take, and the one it is made in, which exists then."""
+    while True:
+        run_id = new_run_id(name)
+        folder, staging = RunFolder(runs_dir / run_id), RunFolder(runs_dir / f".new-{run_id}")
+        try:
+            staging.path.mkdir(parents=True)
+        except FileExistsError:
+            if not runs_dir.is_dir():
+                raise UsageError(f"no run folder can be made in {runs_dir}: it is no folder") from None
+            continue
+        except OSError as error:
+            raise UsageError(f"no run folder can be made in {runs_dir}: {error.strerror or error}") from None
+        # Whoever has the staging folder has the name, until it becomes the run folder; then that is there.
+        if not folder.path.exists():
+            return folder, staging
+        staging.path.rmdir()
+
+
 def _create(
     request: Request,
     settings: Settings,
@@ -299,11 +318,10 @@ def _create(
     run for one whose runner is gone.
     """
     shown_name = name or Path(request.source.location.split("?")[0]).stem
-    run_id = new_run_id(shown_name)
-    while (runs_dir / run_id).exists():
-        run_id = new_run_id(shown_name)
-    folder = RunFolder(runs_dir / run_id)
-    checkpoints = Path(checkpoint_dir).expanduser().resolve() if checkpoint_dir else folder.checkpoints
+    elsewhere = Path(checkpoint_dir).expanduser().resolve() if checkpoint_dir else None
+    folder, staging = _reserve(runs_dir, shown_name)
+    run_id = folder.run_id
+    checkpoints = elsewhere or folder.checkpoints
     record = RunRecord(
         run_id=run_id,
         name=shown_name,
@@ -340,7 +358,6 @@ def _create(
             )
         ],
     )
-    staging = RunFolder(runs_dir / f".new-{run_id}")
     try:
         staging.attempt(1).path.mkdir(parents=True)
         checkpoints_here = staging.checkpoints if checkpoint_dir is None else checkpoints
