@@ -273,18 +273,28 @@ def test_papermills_start_timeout_is_kept(project: Project) -> None:
 
 
 def test_papermills_users_get_another_try_after_a_lost_port_and_all_stderr(project: Project) -> None:
-    kernel_program(project, "unlucky", LOSES_A_PORT.replace("LOSES", "1"))
+    writer = """
+if count == 1 and os.fork() == 0:
+    while not os.path.exists(here + '/go'):
+        time.sleep(0.05)
+    for i in range(20000):
+        os.write(2, b'late line %d\\n' % i)
+    open(here + '/written', 'w')
+    os._exit(0)
+"""
+    body = LOSES_A_PORT.replace("LOSES", "1").replace("if count <", writer + "if count <")
+    kernel_program(project, "unlucky", body)
+    waiting = "while not os.path.exists('written'): time.sleep(0.05)"
     write_notebook(
-        project.path / "plain.ipynb",
-        "import os\nfor i in range(2000):\n    os.write(2, b'from C: %d\\n' % i)",
-        "import subprocess; subprocess.run(['sh', '-c', 'echo the last of it >&2'], stderr=2)",
-        kernel="unlucky",
+        project.path / "plain.ipynb", f"import os, time\nopen('go', 'w')\n{waiting}", kernel="unlucky"
     )
     done, _ = papermill(project, "--start-timeout", "100")
     assert done.code == 0, done.err
     assert "starting the kernel again (try 2 of 3)" in done.err
     assert "Address already in use" in done.err
     assert len(list(project.path.glob("try-*"))) == 2
+    assert done.err.count("late line") == 20000
+    assert "late line 19999" in done.err
 
 
 def test_the_error_is_the_kind_that_papermill_raises_and_can_be_sent_to_another_process() -> None:

@@ -260,7 +260,10 @@ def _kernel_started(provisioner: Any, context: AttemptContext) -> None:
     pid = getattr(process, "pid", None)
     if context.on_kernel is not None and pid is not None:
         guardians = dict(zip(("guardian", "watcher"), getattr(process, "guardians", ()), strict=False))
-        context.on_kernel({"kernel": identity(pid), **guardians})
+        kernel = identity(pid)
+        if getattr(process, "started", None) is not None:
+            kernel["started"] = process.started  # as its parent saw it: it may have ended since
+        context.on_kernel({"kernel": kernel, **guardians})
     if pid is None or not hasattr(provisioner, "kill_tree"):
         return
 

@@ -260,6 +260,8 @@ class Unguarded:
     def _living(self) -> dict[int, float]:
         found = processes.carrying(self._mark)
         found |= processes.in_session(self._process.pid, self._started)
-        for pid in list(found):
-            found |= processes.descendants(pid)
+        for pid, started in list(found.items()):
+            below = processes.descendants(pid)
+            if processes.start_time(pid) == started:
+                found |= below
         return found
