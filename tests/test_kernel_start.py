@@ -14,6 +14,8 @@ import psutil
 import pytest
 from conftest import LIMIT_SECONDS, Finished, Project, wait_until, write_notebook
 
+import grd
+from grd.errors import UsageError
 from grd.execution.kernel_start import KernelStartError, last_words, lost_a_port, taken_ports
 
 # A kernel program's body. It has its arguments; what it needs to be told it finds in its folder `here`.
@@ -88,11 +90,22 @@ def runner_log(project: Project) -> str:
 @pytest.mark.parametrize(
     ("body", "said", "exit_words"),
     [
-        (DIES, "the licence has run out", "exit code 3"),
-        (NO_IPYKERNEL, "No module named 'ipykernel_that_nobody_has'", "exit code 1"),
-        (KILLED, "it wrote nothing to stderr", "killed by SIGKILL"),
+        pytest.param(DIES, "the licence has run out", "exit code 3", id="exits"),
+        pytest.param(
+            NO_IPYKERNEL,
+            "No module named 'ipykernel_that_nobody_has'",
+            "exit code 1",
+            marks=pytest.mark.faults,
+            id="import error",
+        ),
+        pytest.param(
+            KILLED,
+            "it wrote nothing to stderr",
+            "killed by SIGKILL",
+            marks=pytest.mark.faults,
+            id="killed",
+        ),
     ],
-    ids=["exits", "import error", "killed"],
 )
 def test_a_kernel_that_dies_at_its_start_is_told_soon_with_what_it_said(
     body: str, said: str, exit_words: str, project: Project
@@ -113,6 +126,7 @@ def test_a_kernel_that_dies_at_its_start_is_told_soon_with_what_it_said(
     assert project.processes() == []
 
 
+@pytest.mark.faults
 def test_what_is_printed_for_people_names_reason_and_log(project: Project) -> None:
     kernel_program(project, "dying", DIES)
     done = project.grd("research", "plain.ipynb")
@@ -124,6 +138,7 @@ def test_what_is_printed_for_people_names_reason_and_log(project: Project) -> No
     assert "Traceback" not in done.out + done.err
 
 
+@pytest.mark.faults
 def test_the_whole_stderr_is_in_the_log_and_only_its_end_in_the_record(project: Project) -> None:
     kernel_program(
         project, "noisy", "sys.stderr.write('first words\\n' + 'noise\\n' * 60000 + 'last words\\n')"
@@ -164,7 +179,13 @@ def test_a_kernel_that_hangs_is_given_up_within_the_start_timeout(
     assert left_alive(project) == []
 
 
-@pytest.mark.parametrize("there", [False, True], ids=["missing", "not executable"])
+@pytest.mark.parametrize(
+    "there",
+    [
+        pytest.param(False, id="missing"),
+        pytest.param(True, marks=pytest.mark.faults, id="not executable"),
+    ],
+)
 def test_a_kernel_whose_program_cannot_be_executed_is_told_without_a_traceback(
     there: bool, project: Project
 ) -> None:
@@ -182,6 +203,7 @@ def test_a_kernel_whose_program_cannot_be_executed_is_told_without_a_traceback(
     assert seconds < 90
 
 
+@pytest.mark.faults
 def test_resume_takes_another_start_timeout_and_goes_on(project: Project) -> None:
     slow = "while not os.path.exists(here + '/mended'): time.sleep(0.1)\n" + LOSES_A_PORT.replace(
         "LOSES", "0"
@@ -196,18 +218,22 @@ def test_resume_takes_another_start_timeout_and_goes_on(project: Project) -> Non
     assert "it runs" in project.grd("logs", "last").out
 
 
-@pytest.mark.parametrize("value", ["0", "-1s", "nan", "inf", "soon", ""])
+@pytest.mark.parametrize("value", ["0", "-1s", "nan", "inf", "soon", "", 0, -1, float("nan"), True, []])
 def test_a_start_timeout_that_is_none_is_a_usage_error_before_anything_starts(
-    value: str, project: Project
+    value: Any, project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project.notebook("plain.ipynb", "1")
-    done = project.grd("research", "plain.ipynb", f"--start-timeout={value}")
-    assert done.code == 2, done.err
-    assert "--start-timeout" in done.err
+    monkeypatch.chdir(project.path)
+    with pytest.raises(UsageError, match="--start-timeout"):
+        grd.research("plain.ipynb", start_timeout=value)
+    if value == "soon":
+        done = project.grd("research", "plain.ipynb", "--start-timeout", "soon")
+        assert done.code == 2, done.err
+        assert "--start-timeout" in done.err
     assert project.run_folders() == []
 
 
-@pytest.mark.parametrize("loses", [1, 2])
+@pytest.mark.parametrize("loses", [1, pytest.param(2, marks=pytest.mark.faults)])
 def test_a_kernel_that_lost_a_port_is_started_again_with_other_ports(loses: int, project: Project) -> None:
     kernel_program(project, "unlucky", LOSES_A_PORT.replace("LOSES", str(loses)))
     done, _ = research(project, "--start-timeout", "2m")
@@ -225,6 +251,7 @@ def test_a_kernel_that_lost_a_port_is_started_again_with_other_ports(loses: int,
     wait_until(lambda: not project.processes() and not left_alive(project), "the end of all processes")
 
 
+@pytest.mark.faults
 def test_a_kernel_that_loses_its_port_every_time_is_given_up(project: Project) -> None:
     kernel_program(project, "unlucky", LOSES_A_PORT.replace("LOSES", "99"))
     done, _ = research(project, "--start-timeout", "2m")
@@ -262,6 +289,7 @@ def test_papermills_users_get_its_error_with_what_the_kernel_said(project: Proje
     assert seconds < 90
 
 
+@pytest.mark.faults
 def test_papermills_start_timeout_is_kept(project: Project) -> None:
     kernel_program(project, "hanging", HANGS)
     done, seconds = papermill(project, "--start-timeout", "3")
@@ -304,6 +332,7 @@ def test_the_error_is_the_kind_that_papermill_raises_and_can_be_sent_to_another_
     assert (str(again), again.said, again.died) == ("Kernel died", "why", True)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("missing", [False, True], ids=["dies", "missing"])
 def test_explore_tells_why_its_kernel_did_not_start(missing: bool, project: Project) -> None:
     if missing:

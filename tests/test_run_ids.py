@@ -31,6 +31,7 @@ def test_runs_that_are_started_at_once_have_ids_and_folders_of_their_own(project
     assert [path.name for path in project.run_folders()] == sorted(ids)
 
 
+@pytest.mark.faults
 def test_starts_that_draw_the_same_id_get_different_ones(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:

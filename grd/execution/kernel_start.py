@@ -71,7 +71,7 @@ class PassedOn:
     """
 
     def __init__(self) -> None:
-        self._read, write = os.pipe2(os.O_CLOEXEC)
+        self._read, write = os.pipe()
         self.fd: int | None = write
         self._kept = b""
         self._keeping = True
