@@ -21,6 +21,7 @@ GrdError
 
 ExperimentInterrupted (Exception)     raised in a notebook after a stop request was honoured
 ApprovalDeclined (TimeoutError)       raised by ``experiment_context`` when the answer was no
+CommandTimedOut (TimeoutError)        raised by ``run_with_timeout``, with the output so far
 
 Every message is one line that says what happened, to what, and what to type next. Exit codes belong to
 ``interfaces/cli/exit_codes.py``.
@@ -116,3 +117,12 @@ class ExperimentInterrupted(Exception):
 
 class ApprovalDeclined(TimeoutError):
     """A long-running experiment was declined."""
+
+
+class CommandTimedOut(TimeoutError):
+    """A command was ended because its time was up; ``stdout`` and ``stderr`` are its output so far."""
+
+    def __init__(self, message: str = "Command timed out", *, stdout: str = "", stderr: str = "") -> None:
+        super().__init__(message)
+        self.stdout = stdout
+        self.stderr = stderr

@@ -24,7 +24,7 @@ from papermill.utils import remove_args
 
 from grd import contract
 from grd.errors import ConfigurationError
-from grd.execution import guarded_kernel, local_files
+from grd.execution import guarded_kernel, kernel_start, local_files
 from grd.execution.client import GrdNotebookClient, ManagedNotebook, journal_beside
 from grd.execution.outcome import CellError, Outcome, Seen, judge, storage_cause
 from grd.execution.output_limit import OutputLimit, readable_size
@@ -57,6 +57,8 @@ class AttemptContext:
     """Told the identities of kernel, guardian and watcher at their start, and an empty dict at the end."""
     on_cell: Callable[[int, str, int], object] | None = None
     on_warning: Callable[[str], object] | None = None
+    kernel_log: Path | None = None
+    """The file that stderr of this process is, where a kernel shares it."""
     max_output: int = contract.DEFAULT_MAX_OUTPUT_BYTES
     outcome: Outcome | None = None
     notebook: Any = None
@@ -158,6 +160,7 @@ def _execute(
     managed.on_cell = context.on_cell
     client = _make_client(managed, kernel_name, context, **kwargs)
     client.on_kernel = lambda provisioner: _kernel_started(provisioner, context)
+    client.on_warning = lambda message: _warn(message, context)
     seen = Seen(all_cells_ran=False)
     error: BaseException | None = None
     try:
@@ -177,11 +180,12 @@ def _execute(
                 seen = replace(seen, cell_timeout=_first_line(failure))
         else:
             error = failure
-            seen = replace(seen, kernel_start_error=_first_line(failure))
+            seen = replace(seen, kernel_start_error=kernel_start.describe(failure))
     finally:
         if getattr(client.popen, "ended_by", None) == contract.DEADLINE:
             stopper.request_deadline()  # the guardian kept it, since this process stood still
         _end_processes(client)
+        client.kernel_has_ended()
         if context.on_kernel is not None:
             context.on_kernel({})
     seen = replace(
@@ -241,6 +245,7 @@ def _make_client(
         OutputLimit(context.max_output),
         timeout=execution_timeout if execution_timeout else kwargs.get("timeout"),
         startup_timeout=start_timeout,
+        kernel_log=context.kernel_log,
         kernel_name=kernel_name,
         log=logger,
         log_output=log_output,
@@ -255,7 +260,10 @@ def _kernel_started(provisioner: Any, context: AttemptContext) -> None:
     pid = getattr(process, "pid", None)
     if context.on_kernel is not None and pid is not None:
         guardians = dict(zip(("guardian", "watcher"), getattr(process, "guardians", ()), strict=False))
-        context.on_kernel({"kernel": identity(pid), **guardians})
+        kernel = identity(pid)
+        if getattr(process, "started", None) is not None:
+            kernel["started"] = process.started  # as its parent saw it: it may have ended since
+        context.on_kernel({"kernel": kernel, **guardians})
     if pid is None or not hasattr(provisioner, "kill_tree"):
         return
 
@@ -299,9 +307,13 @@ def _warn_of_missing_output(client: GrdNotebookClient, context: AttemptContext) 
         limit = readable_size(context.max_output)
         warnings.append(f"the notebook keeps the first and the last of {limit} of output: --max-output")
     for warning in warnings:
-        logger.warning(warning)
-        if context.on_warning is not None:
-            context.on_warning(warning)
+        _warn(warning, context)
+
+
+def _warn(message: str, context: AttemptContext) -> None:
+    logger.warning(message)
+    if context.on_warning is not None:
+        context.on_warning(message)
 
 
 def _has_ended(client: GrdNotebookClient) -> bool:

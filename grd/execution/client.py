@@ -13,12 +13,12 @@ import zmq
 from jupyter_client.utils import ensure_async
 from nbclient.exceptions import CellExecutionComplete, CellExecutionError
 from nbformat import NotebookNode
-from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NotebookExecutionManager
 
 from grd.execution import provisioner
 from grd.execution.output_limit import Omission, OutputLimit, output_size
 from grd.execution.saving import NotebookSaver
+from grd.execution.starting import StartingClient
 from grd.execution.stopping import Stopper
 from grd.runs import notebook_journal as journal
 
@@ -104,23 +104,19 @@ class _RestOfOutput:
         return self._client.rest_of_output(self._task).__await__()
 
 
-class GrdNotebookClient(PapermillNotebookClient):
+class GrdNotebookClient(StartingClient):
     """Executes the cells; stops between cells once asked, and never starts a cell after that."""
 
     def __init__(self, managed: ManagedNotebook, stopper: Stopper, limit: OutputLimit, **kwargs: Any) -> None:
         kwargs.setdefault("iopub_timeout", IOPUB_TIMEOUT_SECONDS)
-        super().__init__(managed, **kwargs)
+        super().__init__(managed, stopper, **kwargs)
         self.managed = managed
-        self.stopper = stopper
         self.limit = limit
         self.lost_output = False
         self._questions: set[str] = set()
-        self.provisioner: Any = None
-        self.popen: Any = None
         self.ran_all = False
         self.cell_error: CellExecutionError | None = None
         self.current_cell: int | None = None
-        self.on_kernel: Any = None
 
     def create_kernel_manager(self) -> Any:
         """Name our provisioner in the loaded spec, in memory, unless the spec has a remote one of its own."""
@@ -133,14 +129,6 @@ class GrdNotebookClient(PapermillNotebookClient):
             # It drops what waits for us; an IPython kernel waits instead (kernel_outputs).
             manager.context.setsockopt(zmq.RCVHWM, 0)
         return manager
-
-    def start_new_kernel(self, **kwargs: Any) -> None:
-        """Start the kernel and remember its process: the kernel manager forgets it at the end."""
-        super().start_new_kernel(**kwargs)
-        self.provisioner = self.km.provisioner
-        self.popen = getattr(self.provisioner, "process", None)
-        if self.on_kernel is not None:
-            self.on_kernel(self.provisioner)
 
     def execute(self, **kwargs: Any) -> Any:
         """Start the kernel, run the cells, note what only the kernel knows, shut it down."""

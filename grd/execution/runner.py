@@ -207,6 +207,7 @@ class Runner:
             stopper=self.stopper,
             journal=self.paths.journal,
             environment=self._kernel_environment(),
+            kernel_log=self.paths.log,
             max_output=self.record.max_output,
             on_warning=lambda message: self.events.write(contract.EVENT_WARNING, message=message),
             on_kernel=self._note_kernel,
@@ -237,8 +238,10 @@ class Runner:
                     # papermill takes every error output for a failure, also one that the cell's tag
                     # `raises-exception` expects, and marks the notebook with it.
                     write_ipynb(remove_error_markers(context.notebook), str(self.paths.output))
-                # a cell's own time limit is a TimeoutError, and that is an OSError too
-                if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+                # a cell's own time limit is a TimeoutError, and that is an OSError too; so is a kernel's
+                # program that is not there
+                ours = isinstance(error, TimeoutError) or context.outcome.cause == contract.START_FAILED
+                if isinstance(error, OSError) and not ours:
                     return Outcome(contract.INTERRUPTED, storage_cause(error), f"the notebook: {error}")
         if context.outcome is None:
             raise RuntimeError("the engine ended without an outcome")
