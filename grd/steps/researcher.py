@@ -89,7 +89,11 @@ def research(
     is started or written.
     """
     root = find_project_root(Path.cwd())
-    settings, _ = load_settings(root, {"grace": grace, "max_output": max_output})
+    typed = {
+        "grace": read_seconds("--grace", grace),
+        "max_output": None if max_output is None else read_size("--max-output", max_output),
+    }
+    settings, _ = load_settings(root, typed)
     request = check(str(notebook), parameters or {}, kernel=kernel, allow_unknown=allow_unknown)
     limits = read_limits(timeout, budget, settings)
     place = runs_folder(runs_dir)
