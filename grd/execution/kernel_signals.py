@@ -2,9 +2,9 @@
 
 Slurm, systemd and docker signal every process at once. An ipykernel dies of SIGTERM, SIGHUP and SIGUSR1/2
 by default, before the training could save. With this extension SIGTERM becomes a KeyboardInterrupt in the
-running cell where nothing else has taken the signal, and still ends a kernel that is idle. One stop interrupts a
-cell once: what it does then, in an except or a finally, is its saving. And a kernel that
-nobody will send a cell any more ends by itself after the one that runs: its guardian need not wait longer.
+running cell where nothing else has taken the signal, and still ends a kernel that is idle. One stop
+interrupts a cell once: what it does then, in an except or a finally, is its saving. And a kernel that nobody
+will send a cell any more ends by itself after the one that runs: its guardian need not wait longer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 
 from grd import contract
 from grd.runs.processes import start_time
-
 
 SAME_REQUEST_SECONDS = 5.0
 """A scheduler and the runner may both deliver one request: SIGTERMs closer together than this are one."""
