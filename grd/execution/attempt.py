@@ -26,6 +26,7 @@ from grd import contract
 from grd.errors import ConfigurationError
 from grd.execution import guarded_kernel, kernel_start, local_files
 from grd.execution.client import GrdNotebookClient, ManagedNotebook, journal_beside
+from grd.execution.out_of_memory import OomWatch, Verdict
 from grd.execution.outcome import CellError, Outcome, Seen, judge, storage_cause
 from grd.execution.output_limit import OutputLimit, readable_size
 from grd.execution.saving import NotebookSaver
@@ -60,6 +61,7 @@ class AttemptContext:
     kernel_log: Path | None = None
     """The file that stderr of this process is, where a kernel shares it."""
     max_output: int = contract.DEFAULT_MAX_OUTPUT_BYTES
+    oom: OomWatch | None = None
     outcome: Outcome | None = None
     notebook: Any = None
     """The executed NotebookNode, for a caller that papermill raises past."""
@@ -198,7 +200,10 @@ def _execute(
         kernel_returncode=client.popen.poll() if client.popen is not None else None,
         stopped_in_cell=client.current_cell,
         guardian_lost=getattr(client.popen, "ended_by", None) == guarded_kernel.LOST,
+        grace=stopper.grace,
+        killed_at_exit=stopper.killed_at_exit,
     )
+    seen = replace(seen, oom=_why_killed(seen, context))
     _warn_of_missing_output(client, context)
     context.outcome = _finish(managed, saver, seen, stopper)
     if context.outcome.state == contract.INTERRUPTED and not seen.kernel_died:
@@ -266,6 +271,7 @@ def _kernel_started(provisioner: Any, context: AttemptContext) -> None:
         context.on_kernel({"kernel": kernel, **guardians})
     if pid is None or not hasattr(provisioner, "kill_tree"):
         return
+    context.oom = OomWatch(pid, provisioner.marker or "")
 
     def send(signum: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -297,6 +303,17 @@ def _end_processes(client: GrdNotebookClient) -> None:
     """Whatever the kernel left behind: children, sessions of their own, pools."""
     if client.provisioner is not None and hasattr(client.provisioner, "kill_tree"):
         client.provisioner.kill_tree()
+
+
+def _why_killed(seen: Seen, context: AttemptContext) -> Verdict | None:
+    """What a SIGKILL was for that nobody of grd has sent."""
+    if context.oom is None:
+        return None
+    context.oom.close()
+    sent = seen.killed or seen.killed_at_exit or seen.guardian_lost
+    if not seen.kernel_died or sent or seen.kernel_returncode != -signal.SIGKILL:
+        return None
+    return context.oom.verdict()
 
 
 def _warn_of_missing_output(client: GrdNotebookClient, context: AttemptContext) -> None:

@@ -140,6 +140,10 @@ class GrdNotebookClient(StartingClient):
             finally:
                 if self.popen is None or self.popen.poll() is None:
                     self.stopper.cells_over()
+                    left = self.stopper.grace_left
+                    if left is not None and hasattr(self.provisioner, "exit_seconds"):
+                        # A thread may still be saving: twice, since SIGTERM comes at half of it.
+                        self.provisioner.exit_seconds = 2 * left
             if not self.stopper.requested:
                 info = self.wait_for_reply(self.kc.kernel_info())
                 if info is not None:

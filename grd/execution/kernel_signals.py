@@ -2,29 +2,60 @@
 
 Slurm, systemd and docker signal every process at once. An ipykernel dies of SIGTERM, SIGHUP and SIGUSR1/2
 by default, before the training could save. With this extension SIGTERM becomes a KeyboardInterrupt in the
-running cell where nothing else has taken the signal, and still ends a kernel that is idle. And a kernel that
-nobody will send a cell any more ends by itself after the one that runs: its guardian need not wait longer.
+running cell where nothing else has taken the signal, and still ends a kernel that is idle. One stop
+interrupts a cell once: what it does then, in an except or a finally, is its saving. And a kernel that nobody
+will send a cell any more ends by itself after the one that runs: its guardian need not wait longer.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
+import time
 from types import FrameType
 from typing import Any
 
 from grd import contract
 from grd.runs.processes import start_time
 
+SAME_REQUEST_SECONDS = 5.0
+"""A scheduler and the runner may both deliver one request: SIGTERMs closer together than this are one."""
+
+_taken_at = float("-inf")
+
 
 def _on_sigterm(signum: int, frame: FrameType | None) -> None:
+    global _taken_at
+    before, _taken_at = _taken_at, time.monotonic()
+    if _taken_at - before < SAME_REQUEST_SECONDS:
+        return
     # ipykernel has a callable SIGINT handler exactly while a cell runs, and ignores SIGINT between cells.
     handler = signal.getsignal(signal.SIGINT)
     if callable(handler):
-        handler(signal.SIGINT, frame)
+        if handler is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _on_last_call)  # for this cell: ipykernel sets it anew in the next
+        if not _is_cleaning_up():
+            handler(signal.SIGINT, frame)
         return
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _on_last_call(signum: int, frame: FrameType | None) -> None:
+    """SIGINT in a cell that was asked to stop before."""
+    if not _is_cleaning_up():
+        signal.default_int_handler(signum, frame)
+
+
+def _is_cleaning_up() -> bool:
+    """Whether the interrupted code is in an except or a finally that a KeyboardInterrupt has led to."""
+    error = sys.exc_info()[1]
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__context__
+    return False
 
 
 def _is_orphan() -> bool:

@@ -43,6 +43,8 @@ class GrdProvisioner(LocalProvisioner):
     started: float | None = None
     """When the kernel was started, as `processes.start_time` has it."""
     guarded: GuardedKernel | None = None
+    exit_seconds: float = SHUTDOWN_SECONDS
+    """How long the kernel's own exit may take once no further cell will run."""
 
     async def pre_launch(self, **kwargs: Any) -> dict[str, Any]:
         """Add what the kernel needs to hear of a stop, and the mark by which all its processes are found."""
@@ -113,7 +115,7 @@ class GrdProvisioner(LocalProvisioner):
 
     def get_shutdown_wait_time(self, recommended: float = 5.0) -> float:
         """Seconds that jupyter_client waits for the kernel's own exit before it kills."""
-        return max(recommended, SHUTDOWN_SECONDS)
+        return max(recommended, self.exit_seconds)
 
 
 def _grace(environment: dict[str, str]) -> float:

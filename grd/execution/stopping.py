@@ -161,6 +161,19 @@ class Stopper:
         return self.record is not None and self.record.at_once
 
     @property
+    def grace_left(self) -> float | None:
+        """Seconds until the kill, while a stop is under way."""
+        if self.record is None:
+            return self.grace if self._pending else None
+        return max(0.0, self.record.requested_at + self.grace - time.monotonic())
+
+    @property
+    def killed_at_exit(self) -> bool:
+        """Whether the grace ran out after the last cell, while the kernel was still busy with its exit."""
+        record = self.record
+        return record is not None and not record.killed and any(a["action"] == "kill" for a in record.actions)
+
+    @property
     def killed(self) -> bool:
         """Whether the tree was killed in a cell: the grace ran out, or the kill was asked for."""
         return self.record is not None and self.record.killed

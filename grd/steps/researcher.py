@@ -91,9 +91,12 @@ def research(
     is started or written.
     """
     root = find_project_root(Path.cwd())
-    read_seconds("--start-timeout", start_timeout)
-    flags = {"grace": grace, "max_output": max_output, "start_timeout": start_timeout}
-    settings, _ = load_settings(root, flags)
+    typed = {
+        "grace": read_seconds("--grace", grace),
+        "max_output": None if max_output is None else read_size("--max-output", max_output),
+        "start_timeout": read_seconds("--start-timeout", start_timeout),
+    }
+    settings, _ = load_settings(root, typed)
     request = check(str(notebook), parameters or {}, kernel=kernel, allow_unknown=allow_unknown)
     limits = read_limits(timeout, budget, settings)
     place = runs_folder(runs_dir)
