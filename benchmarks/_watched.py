@@ -69,8 +69,8 @@ def _descendants(pid: int) -> list[int]:
         try:
             children = [
                 int(child)
-                for task in os.listdir(f"/proc/{waiting[-1]}/task")
-                for child in Path(f"/proc/{waiting[-1]}/task/{task}/children").read_text().split()
+                for task in Path(f"/proc/{waiting[-1]}/task").iterdir()
+                for child in (task / "children").read_text().split()
             ]
         except OSError:
             children = []

@@ -10,8 +10,11 @@ that becomes busy is busy for all of them. Every output is read and checked befo
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -57,9 +60,10 @@ def execute(name: str, cells: list[str], check: Callable[[list[Any]], None], *, 
         nbformat.write(notebook, folder / "in.ipynb")
         environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith("GRD_")},
-            "GRD_STATE_DIR": str(folder / "state"),
-            "XDG_CONFIG_HOME": str(folder / "config"),
-            "IPYTHONDIR": str(folder / "ipython"),
+            # one for all executions, as a user has: what is found out once a boot is found out once
+            "GRD_STATE_DIR": str(home() / "state"),
+            "XDG_CONFIG_HOME": str(home() / "config"),
+            "IPYTHONDIR": str(home() / "ipython"),
         }
         measured = measure([sys.executable, "-m", *COMMANDS[name]], folder, environment, memory=memory)
         assert measured.code == 0, measured.said
@@ -70,6 +74,14 @@ def execute(name: str, cells: list[str], check: Callable[[list[Any]], None], *, 
         check([cell["outputs"] for cell in executed["cells"]])
         peak = max((peak for who, peak in measured.peak_bytes.items() if _saves(who)), default=0)
         return Run(measured, output.stat().st_size, peak)
+
+
+@functools.cache
+def home() -> Path:
+    """Settings and state of the benchmark's own; removed at its end."""
+    place = Path(tempfile.mkdtemp(prefix="grd-bench-home-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    return place
 
 
 def _saves(command: str) -> bool:
@@ -98,7 +110,8 @@ def show(name: str, values: list[float], unit: str, ratio: float | None = None, 
     """One line: median, range, how often, and the ratio that counts."""
     middle, low, high = statistics.median(values), min(values), max(values)
     digits = 2 if unit == "s" else 1
-    line = f"  {name:<24} {middle:9.{digits}f} {unit:<3} ({low:.{digits}f} to {high:.{digits}f}, n={len(values)})"
+    spread = f"({low:.{digits}f} to {high:.{digits}f}, n={len(values)})"
+    line = f"  {name:<24} {middle:9.{digits}f} {unit:<3} {spread}"
     print(line + (f"  {ratio:.3f} x {target}" if ratio is not None else ""), flush=True)
 
 
