@@ -58,6 +58,8 @@ class ManagedNotebook(NotebookExecutionManager):
         entry = {"op": journal.CELL, "i": index, "metadata": dict(cell.metadata.papermill)}
         if cell.cell_type == "code":
             entry["execution_count"] = cell.execution_count
+            if "execution" in cell.metadata:
+                entry["execution"] = dict(cell.metadata.execution)
         self.put(entry)
         if self.on_cell is not None and cell.cell_type == "code":
             self.on_cell(index, cell.metadata.papermill["status"], len(self.nb.cells))

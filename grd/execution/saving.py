@@ -161,6 +161,8 @@ class NotebookSaver:
         state = self._notebook["metadata"].setdefault("grd", {})
         state["journal_bytes"] = 0 if start_again else journal_bytes
         state["journal_part"] = self._part + start_again
+        if state.get("complete"):
+            del state["journal_bytes"], state["journal_part"]  # nothing comes after it
         try:
             file = NotebookFile(self._notebook)
             self._write(self._output, file)
