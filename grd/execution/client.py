@@ -6,16 +6,18 @@ Imports papermill at module level; only `attempt` imports this, when a notebook 
 from __future__ import annotations
 
 import asyncio
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import zmq
 from jupyter_client.utils import ensure_async
 from nbclient.exceptions import CellExecutionComplete, CellExecutionError
 from nbformat import NotebookNode
 from papermill.engines import NotebookExecutionManager
 
 from grd.execution import provisioner
+from grd.execution.kernel_messages import PromptKernelClient, UnlimitedKernelClient, messages
+from grd.execution.notebooks import kernel_specs
 from grd.execution.output_limit import Omission, OutputLimit, output_size
 from grd.execution.saving import NotebookSaver
 from grd.execution.starting import StartingClient
@@ -56,6 +58,8 @@ class ManagedNotebook(NotebookExecutionManager):
         entry = {"op": journal.CELL, "i": index, "metadata": dict(cell.metadata.papermill)}
         if cell.cell_type == "code":
             entry["execution_count"] = cell.execution_count
+            if "execution" in cell.metadata:
+                entry["execution"] = dict(cell.metadata.execution)
         self.put(entry)
         if self.on_cell is not None and cell.cell_type == "code":
             self.on_cell(index, cell.metadata.papermill["status"], len(self.nb.cells))
@@ -68,10 +72,16 @@ class ManagedNotebook(NotebookExecutionManager):
 
     def cell_complete(self, cell: Any, cell_index: int | None = None, **kwargs: Any) -> None:
         """The cell ended, however."""
-        status = cell.metadata.papermill["status"]
+        state = cell.metadata.papermill
+        # papermill would have dateutil guess at what it has written itself.
+        status, started = state["status"], state.pop("start_time", None)
         super().cell_complete(cell, cell_index, **kwargs)
+        state["start_time"] = started
+        if started is not None:
+            took = datetime.fromisoformat(state["end_time"]) - datetime.fromisoformat(started)
+            state["duration"] = took.total_seconds()
         if status == INTERRUPTED_STATUS:
-            cell.metadata.papermill["status"] = status
+            state["status"] = status
         if cell_index is not None:
             self.put_cell(cell_index)
 
@@ -121,13 +131,14 @@ class GrdNotebookClient(StartingClient):
     def create_kernel_manager(self) -> Any:
         """Name our provisioner in the loaded spec, in memory, unless the spec has a remote one of its own."""
         manager = super().create_kernel_manager()
+        manager.kernel_spec_manager = kernel_specs()
         spec = manager.kernel_spec
         named = spec.metadata.get("kernel_provisioner", {}).get("provisioner_name", "local-provisioner")
         if named == "local-provisioner":
             spec.metadata["kernel_provisioner"] = {"provisioner_name": provisioner.NAME, "config": {}}
-        if not provisioner.is_ipykernel(spec.argv):
-            # It drops what waits for us; an IPython kernel waits instead (kernel_outputs).
-            manager.context.setsockopt(zmq.RCVHWM, 0)
+        # Other kernels drop what waits for us; an IPython kernel waits instead (kernel_outputs).
+        waits = provisioner.is_ipykernel(spec.argv)
+        manager.client_factory = PromptKernelClient if waits else UnlimitedKernelClient
         return manager
 
     def execute(self, **kwargs: Any) -> Any:
@@ -200,8 +211,8 @@ class GrdNotebookClient(StartingClient):
     async def _async_poll_output_msg(self, parent_msg_id: str, cell: Any, cell_index: int) -> None:
         """Read the cell's output until the kernel says that the cell, or a later question, is over."""
         assert self.kc is not None
-        while True:
-            message = await ensure_async(self.kc.iopub_channel.get_msg(timeout=None))
+        self._questions.clear()  # a late answer to one of an earlier cell says nothing of this one
+        async for message in messages(self.kc.iopub_channel):
             parent = message["parent_header"].get("msg_id")
             if parent in self._questions and message["content"].get("execution_state") == "idle":
                 self.lost_output = True

@@ -6,6 +6,7 @@ the installed kernelspec `grd-python3`, for tools that cannot name an engine.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import secrets
@@ -25,6 +26,8 @@ NAME = "grd-provisioner"
 KERNEL_EXTENSIONS = tuple(f"grd.execution.kernel_{part}" for part in ("signals", "outputs", "progress"))
 SHUTDOWN_SECONDS = 10.0
 """Time for a kernel's own exit (atexit handlers, threads) after a notebook's last cell."""
+
+QUICK_EXIT_SECONDS = 1.0
 
 
 def is_ipykernel(argv: list[str]) -> bool:
@@ -93,6 +96,12 @@ class GrdProvisioner(LocalProvisioner):
     async def terminate(self, restart: bool = False) -> None:
         """Ask the kernel to end; what it leaves is killed at the end."""
         await self.send_signal(signal.SIGTERM)
+
+    async def shutdown_requested(self, restart: bool = False) -> None:
+        """Wait for an exit that is quick, as most are: jupyter_client looks only every 0.1 s."""
+        give_up = time.monotonic() + QUICK_EXIT_SECONDS
+        while await self.poll() is None and time.monotonic() < give_up:
+            await asyncio.sleep(0.005)
 
     async def kill(self, restart: bool = False) -> None:
         """SIGKILL to the kernel's group, its session, and whatever else carries its mark."""

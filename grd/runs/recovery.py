@@ -18,6 +18,7 @@ from grd.runs.events import EventLog, view_of
 from grd.runs.folder import RunFolder, process_marker
 from grd.runs.liveness import HEARTBEAT_SECONDS, heartbeat_age, needs_recovery
 from grd.runs.model import RunRecord, now_iso
+from grd.runs.notebook_file import NotebookFile
 from grd.runs.processes import boot_id, is_alive, reap
 
 REAP_SECONDS = 0.3
@@ -126,7 +127,7 @@ def _recover(folder: RunFolder, record: RunRecord) -> RunRecord:
             state=record.state, cause=record.cause, attempt=record.attempt, complete=True
         )
         attempt.cells = notebook_journal.count_cells(notebook)
-        atomic_write(paths.output, notebook_journal.encode(notebook))
+        atomic_write(paths.output, NotebookFile(notebook))
         paths.journal.unlink(missing_ok=True)
     folder.reserve.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
