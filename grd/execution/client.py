@@ -56,6 +56,8 @@ class ManagedNotebook(NotebookExecutionManager):
         entry = {"op": journal.CELL, "i": index, "metadata": dict(cell.metadata.papermill)}
         if cell.cell_type == "code":
             entry["execution_count"] = cell.execution_count
+            if "execution" in cell.metadata:
+                entry["execution"] = dict(cell.metadata.execution)
         self.put(entry)
         if self.on_cell is not None and cell.cell_type == "code":
             self.on_cell(index, cell.metadata.papermill["status"], len(self.nb.cells))
@@ -120,6 +122,8 @@ class GrdNotebookClient(PapermillNotebookClient):
         self.ran_all = False
         self.cell_error: CellExecutionError | None = None
         self.current_cell: int | None = None
+        self.timed_out: int | None = None
+        """The time limit in seconds that the current cell has reached."""
         self.on_kernel: Any = None
 
     def create_kernel_manager(self) -> Any:
@@ -171,6 +175,7 @@ class GrdNotebookClient(PapermillNotebookClient):
             is_code = cell.cell_type == "code" and bool(cell.source.strip())
             if is_code:
                 self.current_cell = index
+                self.timed_out = None
             self.managed.cell_start(cell, index)
             try:
                 self.stopper.cell_started()
@@ -180,7 +185,8 @@ class GrdNotebookClient(PapermillNotebookClient):
                     self.stopper.cell_ended()
             except CellExecutionError as error:
                 self.cell_error = error
-                if self.stopper.requested or error.ename in INTERRUPTING_ERRORS:
+                interrupted = error.ename in INTERRUPTING_ERRORS and self.timed_out is None
+                if self.stopper.requested or interrupted:
                     self.managed.cell_interrupted(self.nb.cells[index])
                 else:
                     self.managed.cell_exception(self.nb.cells[index], cell_index=index, exception=error)
@@ -204,6 +210,12 @@ class GrdNotebookClient(PapermillNotebookClient):
         """The cell's reply, once its output has all come or is known to be lost."""
         rest = _RestOfOutput(self, rest_of_output)
         return await super()._async_poll_for_reply(msg_id, cell, timeout, rest, kernel_alive)
+
+    async def _async_handle_timeout(self, timeout: int, cell: Any = None) -> Any:
+        """Remember that the cell's own time limit, and nobody's stop, is why it is interrupted."""
+        if cell is not None:
+            self.timed_out = timeout
+        return await super()._async_handle_timeout(timeout, cell)
 
     async def _async_poll_output_msg(self, parent_msg_id: str, cell: Any, cell_index: int) -> None:
         """Read the cell's output until the kernel says that the cell, or a later question, is over."""

@@ -21,7 +21,7 @@ from grd.files import read_json, read_json_lines
 
 Notebook = dict[str, Any]
 
-CELL = "cell"  # i, metadata (papermill's), execution_count
+CELL = "cell"  # i, metadata (papermill's), execution_count, execution (nbclient's times)
 OUTPUT = "output"  # i, output
 CLEAR = "clear"  # i
 UPDATE = "update"  # i, at, data, metadata: an earlier display was updated in place
@@ -57,6 +57,8 @@ def apply(notebook: Notebook, entry: dict[str, Any]) -> int | None:
         cell["metadata"]["papermill"] = dict(entry["metadata"])
         if cell["cell_type"] == "code" and "execution_count" in entry:
             cell["execution_count"] = entry["execution_count"]
+        if "execution" in entry:
+            cell["metadata"]["execution"] = dict(entry["execution"])
     elif cell["cell_type"] != "code":
         return None
     elif kind == OUTPUT:
