@@ -54,6 +54,13 @@ def test_output_that_comes_faster_than_it_is_read_is_all_kept(project: Project) 
     assert text_of(after) == "after\n"
 
 
+def test_output_that_comes_long_after_the_cells_reply_takes_none_from_the_next_cell(project: Project) -> None:
+    held_back = "import time\nget_ipython().kernel.iopub_thread.schedule(lambda: time.sleep(7))\nprint('late')"
+    late, after = run(project, held_back, "print('after')")
+    assert text_of(late) == "late\n"
+    assert text_of(after) == "after\n"
+
+
 def test_a_kernel_that_drops_output_does_not_hang_the_run_and_the_loss_is_told(project: Project) -> None:
     project.notebook(
         "printing.ipynb",

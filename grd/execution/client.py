@@ -220,6 +220,7 @@ class GrdNotebookClient(PapermillNotebookClient):
     async def _async_poll_output_msg(self, parent_msg_id: str, cell: Any, cell_index: int) -> None:
         """Read the cell's output until the kernel says that the cell, or a later question, is over."""
         assert self.kc is not None
+        self._questions.clear()  # the answer to one that was asked about an earlier cell may still come
         while True:
             message = await ensure_async(self.kc.iopub_channel.get_msg(timeout=None))
             parent = message["parent_header"].get("msg_id")
