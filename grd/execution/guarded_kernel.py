@@ -121,20 +121,21 @@ class GuardedKernel:
             self._watcher.wait(2.0)
 
     def _listen(self) -> None:
-        while True:
+        both_gone = False
+        while not both_gone:
             try:
                 said = self._channel.recv(4096)
             except BlockingIOError:
                 break
             except OSError:
                 said = b""
-            if not said:
-                self._end(-signal.SIGKILL, LOST)  # both are gone, and the kernel dies with its guardian
-                break
+            both_gone = not said
             self._heard += said
         *lines, self._heard = self._heard.split(b"\n")
         for line in lines:
             self._understand(line.decode().split())
+        if both_gone:  # without a last word: the kernel dies with its guardian
+            self._end(-signal.SIGKILL, LOST)
 
     def _understand(self, words: list[str]) -> None:
         match words:
