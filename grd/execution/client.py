@@ -11,7 +11,7 @@ from typing import Any
 
 import zmq
 from jupyter_client.utils import ensure_async
-from nbclient.exceptions import CellExecutionComplete, CellExecutionError
+from nbclient.exceptions import CellExecutionComplete, CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NotebookExecutionManager
@@ -157,15 +157,24 @@ class GrdNotebookClient(PapermillNotebookClient):
                 if self.popen is None or self.popen.poll() is None:
                     self.stopper.cells_over()
             if not self.stopper.requested:
-                info = self.wait_for_reply(self.kc.kernel_info())
-                if info is not None:
-                    self.nb.metadata["language_info"] = info["content"]["language_info"]
+                self._ask_for_language()
             self.set_widgets_metadata()
         kept = {
             name: self.nb.metadata[name] for name in ("language_info", "widgets") if name in self.nb.metadata
         }
         self.managed.put({"op": journal.WIDGETS, "metadata": kept})
         return self.nb
+
+    def _ask_for_language(self) -> None:
+        """Note what the kernel says of its language. Raises DeadKernelError, unless its work was done."""
+        try:
+            info = self.wait_for_reply(self.kc.kernel_info())
+        except DeadKernelError:
+            if self.ran_all and self.popen is not None and self.popen.poll() == 0:
+                return  # the last cell called exit(): papermill fails or not, whichever is faster
+            raise
+        if info is not None:
+            self.nb.metadata["language_info"] = info["content"]["language_info"]
 
     def papermill_execute_cells(self) -> None:
         """Run the cells in order until an error, a stop, or the end."""
