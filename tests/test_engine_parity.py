@@ -271,7 +271,7 @@ def test_a_keyboard_interrupt_that_nobody_asked_for_is_papermills_execution_erro
 
 def test_the_time_limit_of_a_cell_raises_papermills_error_and_saves_its_output(tmp_path: Path) -> None:
     slow = notebook("print('so far', flush=True)\nimport time; time.sleep(60)", "print('after')")
-    theirs, ours = both(tmp_path, slow, execution_timeout=2)
+    theirs, ours = both(tmp_path, slow, execution_timeout=3)
     assert isinstance(ours.error, CellTimeoutError)
     assert ours.described() == theirs.described()
     assert "so far" in json.dumps(ours.saved["cells"][0]["outputs"])
