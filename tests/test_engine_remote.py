@@ -20,6 +20,9 @@ from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import LocalHandler, papermill_io
 
+from grd.execution.client import journal_beside
+from grd.runs.notebook_journal import rebuild
+
 SLEEP = "import time\nfor i in range({seconds}):\n    print('tick', i, flush=True)\n    time.sleep(1)"
 
 
@@ -53,6 +56,14 @@ class Store:
 
 
 @pytest.fixture(autouse=True)
+def state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which grd keeps what no store has taken yet."""
+    folder = tmp_path_factory.mktemp("state")
+    monkeypatch.setenv("GRD_STATE_DIR", str(folder))
+    return folder / "remote"
+
+
+@pytest.fixture(autouse=True)
 def handlers() -> Iterator[list[Any]]:
     """papermill's handlers, put back after the test."""
     before = list(papermill_io._handlers)
@@ -78,12 +89,13 @@ def run(*cells: str, output: str = "mem://notebooks/out.ipynb", **options: Any) 
     )
 
 
-def test_a_remote_notebook_is_written_once_at_the_start_and_once_at_the_end() -> None:
+def test_a_remote_notebook_is_written_once_at_the_start_and_once_at_the_end(state: Path) -> None:
     remote = store()
     run(SLEEP.format(seconds=3), "print('end')", autosave_cell_every=1)
     assert remote.statuses() == [["pending", "pending"], ["completed", "completed"]]
     assert "tick 2" in json.dumps(remote.written[-1])
     assert remote.written[-1]["metadata"]["grd"]["state"] == "completed"
+    assert list(state.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -140,6 +152,45 @@ def test_a_store_that_takes_nothing_is_told_before_any_kernel_starts(tmp_path: P
     with pytest.raises(PermissionError, match="access denied"):
         run(f"open({str(tmp_path / 'ran')!r}, 'w')")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "cell", ["print('worked for hours')", "print('worked for hours'); import os; os._exit(3)"]
+)
+def test_what_a_store_refuses_in_the_end_is_kept_on_this_machine(
+    cell: str, state: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store(refuses=1)
+    with pytest.raises((PermissionError, DeadKernelError)):
+        run("print('so far')", cell)
+    [kept] = state.iterdir()
+    assert "so far" in kept.read_text() and nbformat.read(kept, as_version=4).metadata.grd.complete
+    assert f"mem://notebooks/out.ipynb could not be written; the notebook is kept in {kept}" in caplog.text
+
+
+def test_a_process_that_is_killed_leaves_what_a_remote_notebook_put_out(tmp_path: Path, state: Path) -> None:
+    write_notebook(tmp_path / "in.ipynb", "print('so far')", "import time; time.sleep(600)")
+    script = (
+        "import papermill\n"
+        "from papermill.iorw import papermill_io\n"
+        "class Store:\n"
+        "    def write(self, text, path): pass\n"
+        "    def pretty_path(self, path): return path\n"
+        "papermill_io.register('mem://', Store())\n"
+        "papermill.execute_notebook('in.ipynb', 'mem://out.ipynb?key=secret', engine_name='grd')\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stderr=subprocess.DEVNULL)
+
+    def journal() -> str:
+        return "".join(path.read_text() for path in state.glob(".*-out.ipynb.grd-journal.jsonl"))
+
+    wait_until(lambda: "so far" in journal(), "the output in the journal")
+    process.kill()
+    process.wait()
+    [copy] = state.glob("*-out.ipynb")
+    rebuilt = rebuild(copy, journal_beside(copy))
+    assert rebuilt["cells"][0]["outputs"][0]["text"] == "so far\n"
+    assert rebuilt["cells"][1]["metadata"]["papermill"]["status"] == "running"
 
 
 def test_a_web_server_gets_two_puts() -> None:

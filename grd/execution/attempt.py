@@ -24,7 +24,7 @@ from papermill.utils import remove_args
 
 from grd import contract
 from grd.errors import ConfigurationError
-from grd.execution import guarded_kernel, local_files
+from grd.execution import guarded_kernel, local_files, remote_files
 from grd.execution.client import GrdNotebookClient, ManagedNotebook, journal_beside
 from grd.execution.outcome import CellError, Outcome, Seen, judge, storage_cause
 from grd.execution.output_limit import OutputLimit, readable_size
@@ -98,7 +98,7 @@ def execute_for_papermill(
     finally:
         if own:
             context.stopper.close()
-    if managed.saver is None:
+    if managed.saver is None or managed.elsewhere:
         papermill_writes = ending is None and "input_path" in kwargs
         if not papermill_writes:
             _write_elsewhere(managed.nb, destination, ending)
@@ -233,11 +233,10 @@ def _execute(
 def _start_saver(managed: ManagedNotebook, context: AttemptContext) -> NotebookSaver | None:
     target = local_files.local_target(managed.output_path)
     if target is None:
-        if local_files.is_remote(managed.output_path):
-            write_ipynb(
-                managed.nb, managed.output_path
-            )  # what cannot be written to fails now, not at the end
-        return None
+        if managed.output_path is not None and local_files.is_remote(managed.output_path):
+            managed.elsewhere = True
+            managed.saver = remote_files.keep(managed.nb, managed.output_path)
+        return managed.saver
     if not target.parent.is_dir():
         raise FileNotFoundError(f"output folder {target.parent} doesn't exist.")
     # The writer's own copy; outputs are shared with the client's document, everything else is not.
@@ -372,7 +371,8 @@ def _finish(managed: ManagedNotebook, saver: NotebookSaver | None, seen: Seen, s
             saver.close()
             saver.discard_journal()
     except OSError as error:
-        outcome = judge(replace(seen, storage_error=error))
+        if not managed.elsewhere:
+            outcome = judge(replace(seen, storage_error=error))
     return replace(
         outcome,
         stop=stopper.record.to_dict() if stopper.record is not None else None,

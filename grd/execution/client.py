@@ -37,6 +37,8 @@ class ManagedNotebook(NotebookExecutionManager):
     """papermill's bookkeeping of cell states, journalled instead of rewritten, and true at every end."""
 
     saver: NotebookSaver | None = None
+    elsewhere = False
+    """The output goes to a store, and what the saver writes is a copy of it."""
     on_cell: Any = None
 
     def save(self, **kwargs: Any) -> None:

@@ -95,10 +95,8 @@ def local_target(output_path: str | None) -> Path | None:
     return target if stat.S_ISREG(mode) else None
 
 
-def is_remote(output_path: str | None) -> bool:
+def is_remote(output_path: str) -> bool:
     """Whether ``output_path`` is a place that holds whole notebooks: no local path, and no stream."""
-    if output_path is None:
-        return False
     from papermill.iorw import StreamHandler, papermill_io
 
     return not isinstance(papermill_io.get_handler(output_path), AtomicLocalHandler | StreamHandler)
