@@ -54,6 +54,24 @@ def test_output_that_comes_faster_than_it_is_read_is_all_kept(project: Project) 
     assert text_of(after) == "after\n"
 
 
+def test_output_that_comes_long_after_the_cells_reply_takes_none_from_the_next_cell(project: Project) -> None:
+    held_back = (
+        "import time\n"
+        "kernel = get_ipython().kernel\n"
+        "send = kernel.session.send\n"
+        "def hold_back(stream, message, *rest, **more):\n"
+        "    if message == 'execute_reply':\n"
+        "        kernel.session.send = send\n"
+        "        kernel.iopub_thread.schedule(lambda: time.sleep(7))\n"
+        "    return send(stream, message, *rest, **more)\n"
+        "kernel.session.send = hold_back\n"
+        "print('late')"
+    )
+    late, after = run(project, held_back, "print('after')")
+    assert text_of(late) == "late\n"
+    assert text_of(after) == "after\n"
+
+
 def test_a_kernel_that_drops_output_does_not_hang_the_run_and_the_loss_is_told(project: Project) -> None:
     project.notebook(
         "printing.ipynb",

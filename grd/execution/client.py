@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jupyter_client.utils import ensure_async
-from nbclient.exceptions import CellExecutionComplete, CellExecutionError
+from nbclient.exceptions import CellExecutionComplete, CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 from papermill.engines import NotebookExecutionManager
 
@@ -39,6 +39,8 @@ class ManagedNotebook(NotebookExecutionManager):
     """papermill's bookkeeping of cell states, journalled instead of rewritten, and true at every end."""
 
     saver: NotebookSaver | None = None
+    elsewhere = False
+    """The output goes to a store, and what the saver writes is a copy of it."""
     on_cell: Any = None
 
     def save(self, **kwargs: Any) -> None:
@@ -127,6 +129,8 @@ class GrdNotebookClient(StartingClient):
         self.ran_all = False
         self.cell_error: CellExecutionError | None = None
         self.current_cell: int | None = None
+        self.timed_out: int | None = None
+        """The time limit in seconds that the current cell has reached."""
 
     def create_kernel_manager(self) -> Any:
         """Name our provisioner in the loaded spec, in memory, unless the spec has a remote one of its own."""
@@ -156,15 +160,24 @@ class GrdNotebookClient(StartingClient):
                         # A thread may still be saving: twice, since SIGTERM comes at half of it.
                         self.provisioner.exit_seconds = 2 * left
             if not self.stopper.requested:
-                info = self.wait_for_reply(self.kc.kernel_info())
-                if info is not None:
-                    self.nb.metadata["language_info"] = info["content"]["language_info"]
+                self._ask_for_language()
             self.set_widgets_metadata()
         kept = {
             name: self.nb.metadata[name] for name in ("language_info", "widgets") if name in self.nb.metadata
         }
         self.managed.put({"op": journal.WIDGETS, "metadata": kept})
         return self.nb
+
+    def _ask_for_language(self) -> None:
+        """Note what the kernel says of its language. Raises DeadKernelError, unless its work was done."""
+        try:
+            info = self.wait_for_reply(self.kc.kernel_info())
+        except DeadKernelError:
+            if self.ran_all and self.popen is not None and self.popen.poll() == 0:
+                return  # the last cell called exit(): papermill fails or not, whichever is faster
+            raise
+        if info is not None:
+            self.nb.metadata["language_info"] = info["content"]["language_info"]
 
     def papermill_execute_cells(self) -> None:
         """Run the cells in order until an error, a stop, or the end."""
@@ -174,6 +187,7 @@ class GrdNotebookClient(StartingClient):
             is_code = cell.cell_type == "code" and bool(cell.source.strip())
             if is_code:
                 self.current_cell = index
+                self.timed_out = None
             self.managed.cell_start(cell, index)
             try:
                 self.stopper.cell_started()
@@ -183,7 +197,8 @@ class GrdNotebookClient(StartingClient):
                     self.stopper.cell_ended()
             except CellExecutionError as error:
                 self.cell_error = error
-                if self.stopper.requested or error.ename in INTERRUPTING_ERRORS:
+                interrupted = error.ename in INTERRUPTING_ERRORS and self.timed_out is None
+                if self.stopper.requested or interrupted:
                     self.managed.cell_interrupted(self.nb.cells[index])
                 else:
                     self.managed.cell_exception(self.nb.cells[index], cell_index=index, exception=error)
@@ -207,6 +222,12 @@ class GrdNotebookClient(StartingClient):
         """The cell's reply, once its output has all come or is known to be lost."""
         rest = _RestOfOutput(self, rest_of_output)
         return await super()._async_poll_for_reply(msg_id, cell, timeout, rest, kernel_alive)
+
+    async def _async_handle_timeout(self, timeout: int, cell: Any = None) -> Any:
+        """Remember that the cell's own time limit, and nobody's stop, is why it is interrupted."""
+        if cell is not None:
+            self.timed_out = timeout
+        return await super()._async_handle_timeout(timeout, cell)
 
     async def _async_poll_output_msg(self, parent_msg_id: str, cell: Any, cell_index: int) -> None:
         """Read the cell's output until the kernel says that the cell, or a later question, is over."""
