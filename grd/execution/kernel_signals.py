@@ -4,23 +4,50 @@ Slurm, systemd and docker signal every process at once. An ipykernel dies of SIG
 by default, before the training could save. With this extension SIGTERM becomes a KeyboardInterrupt in the
 running cell where nothing else has taken the signal, and still ends a kernel that is idle. And a kernel that
 nobody will send a cell any more ends by itself after the one that runs: its guardian need not wait longer.
+A shutdown that comes while a cell runs leaves it its children (workers, a copy under way) until it has ended;
+the guardian ends what is left of them.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import sys
+import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 from grd import contract
 from grd.runs.processes import start_time
 
+SAME_STOP_SECONDS = 1.0
+"""A scheduler's SIGTERM to every process is followed by what requester and guardian then send to the kernel:
+one KeyboardInterrupt for all of it, or the second would cut the save that the first one began."""
+
+
+class _OnceForOneStop:
+    """The running cell's SIGINT handler, deaf for a moment after a call; ipykernel puts its own back."""
+
+    def __init__(self, handler: Callable[[int, FrameType | None], Any]) -> None:
+        self._handler = handler
+        self._called_at = -math.inf
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if now - self._called_at >= SAME_STOP_SECONDS:
+            self._called_at = now
+            self._handler(signum, frame)
+
 
 def _on_sigterm(signum: int, frame: FrameType | None) -> None:
     # ipykernel has a callable SIGINT handler exactly while a cell runs, and ignores SIGINT between cells.
     handler = signal.getsignal(signal.SIGINT)
     if callable(handler):
+        if not isinstance(handler, _OnceForOneStop):
+            handler = _OnceForOneStop(handler)
+            signal.signal(signal.SIGINT, handler)
         handler(signal.SIGINT, frame)
         return
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -34,6 +61,24 @@ def _is_orphan() -> bool:
         return start_time(int(pid)) != float(started)
     except ValueError:
         return False
+
+
+def _cell_is_running() -> bool:
+    # Also right in ipykernel's control thread, which handles shutdown requests.
+    return callable(signal.getsignal(signal.SIGINT))
+
+
+def _spare_children(kernel: Any) -> None:
+    """ipykernel ends the kernel's children when a shutdown is requested, not when the cell has ended."""
+    end_children = getattr(kernel, "_progressively_terminate_all_children", None)
+    if end_children is None or sys.platform != "linux":
+        return  # where there is no guardian nobody else would end them
+
+    async def unless_in_use() -> None:
+        if not _cell_is_running():
+            await end_children()
+
+    kernel._progressively_terminate_all_children = unless_in_use
 
 
 def load_ipython_extension(shell: Any) -> None:
@@ -50,3 +95,4 @@ def load_ipython_extension(shell: Any) -> None:
             shell.ask_exit()
 
     shell.events.register("post_run_cell", end_if_orphan)
+    _spare_children(getattr(shell, "kernel", None))
