@@ -24,8 +24,8 @@ from papermill.utils import remove_args
 
 from grd import contract
 from grd.errors import ConfigurationError
-from grd.execution import guarded_kernel, local_files
-from grd.execution.client import GrdNotebookClient, ManagedNotebook, journal_beside
+from grd.execution import guarded_kernel, local_files, unfinished
+from grd.execution.client import GrdNotebookClient, ManagedNotebook
 from grd.execution.outcome import CellError, Outcome, Seen, judge, storage_cause
 from grd.execution.output_limit import OutputLimit, readable_size
 from grd.execution.saving import NotebookSaver
@@ -82,6 +82,7 @@ def execute_for_papermill(
     managed = ManagedNotebook(nb, output_path=output_path, progress_bar=progress_bar, log_output=log_output)
     own = grd_context is None
     context = grd_context or _context_for_papermill(nb, output_path, grd_timeout, grd_grace, grd_max_output)
+    claimed = _claim_output(output_path) if own else None
     if own:
         context.stopper.start()
     try:
@@ -89,6 +90,8 @@ def execute_for_papermill(
     finally:
         if own:
             context.stopper.close()
+        if claimed is not None:
+            claimed.release()
     outcome = context.outcome
     if own and context.stopper.reason == contract.SIGINT:
         raise KeyboardInterrupt  # papermill's command line turns it into its own "Aborted!"
@@ -97,6 +100,31 @@ def execute_for_papermill(
     if outcome is not None and outcome.state == contract.INTERRUPTED:
         raise NotebookInterrupted(outcome)
     return managed.nb
+
+
+def _claim_output(output_path: str | None) -> unfinished.Claim | None:
+    """Keep others from writing the same output, and keep what an execution that was killed has left there.
+
+    Raises NotebookBusy, and OSError if what was left cannot be kept.
+    """
+    target = local_files.local_target(output_path)
+    if target is None:
+        return None
+    try:
+        claimed = unfinished.claim(target)
+    except OSError:
+        return None  # whether the output can be written there is found out, and said, by its first write
+    try:
+        left = unfinished.keep_previous(target, claimed.previous)
+    except BaseException:
+        claimed.release()
+        raise
+    if left is not None:
+        kept, found = left
+        logger.warning(
+            f"{target} was left by an execution that was killed: its {found.outputs} outputs are in {kept}"
+        )
+    return claimed
 
 
 def _context_for_papermill(
@@ -118,7 +146,7 @@ def _context_for_papermill(
         signals=(signal.SIGTERM, signal.SIGINT),
     )
     target = local_files.local_target(output_path)
-    journal = journal_beside(target) if target is not None else Path(os.devnull)
+    journal = unfinished.journal_beside(target) if target is not None else Path(os.devnull)
     environment = {
         contract.ENV_MARKER: f"papermill-{os.getpid()}-{secrets.token_hex(4)}",
         contract.ENV_KERNEL_GRACE: repr(stopper.grace),

@@ -6,7 +6,6 @@ Imports papermill at module level; only `attempt` imports this, when a notebook 
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import Any
 
 import zmq
@@ -288,8 +287,3 @@ class GrdNotebookClient(PapermillNotebookClient):
                     shown = outputs[position]
                     entry = {"op": journal.UPDATE, "i": cell_index, "at": position}
                     self.managed.put({**entry, "data": shown["data"], "metadata": shown["metadata"]})
-
-
-def journal_beside(output: Path) -> Path:
-    """Where the journal of a notebook lies that belongs to no run."""
-    return output.parent / f".{output.name}.grd-journal.jsonl"
