@@ -54,6 +54,12 @@ def _on_sigterm(signum: int, frame: FrameType | None) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def _be_an_ordinary_process() -> None:
+    # A pool ends its workers by SIGTERM, and waits for them.
+    if signal.getsignal(signal.SIGTERM) is _on_sigterm:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _is_orphan() -> bool:
     """Whether the process that started this kernel has gone."""
     pid, _, started = os.environ.get(contract.ENV_REQUESTER, "").partition(":")
@@ -85,6 +91,7 @@ def load_ipython_extension(shell: Any) -> None:
     """Install the handlers where the signals still have their default action."""
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _on_sigterm)
+        os.register_at_fork(after_in_child=_be_an_ordinary_process)
     for name in ("SIGUSR1", "SIGUSR2", "SIGHUP"):
         signum = getattr(signal, name)
         if signal.getsignal(signum) is signal.SIG_DFL:

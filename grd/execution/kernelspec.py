@@ -177,6 +177,7 @@ def _where_else(name: str) -> str:
             option = (
                 f"--prefix {prefix}" if spec.folder.parent == kernels_folder(prefix=str(prefix)) else "--user"
             )
+            option += f" --name {name}" if name != NAME else ""
             return f"there is one in {spec.folder.parent}: grd kernelspec remove {option}"
     return "see: grd kernelspec list"
 

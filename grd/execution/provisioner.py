@@ -48,7 +48,7 @@ class GrdProvisioner(LocalProvisioner):
     """When the kernel was started, as `processes.start_time` has it."""
     guarded: GuardedKernel | None = None
     grace: float | None = None
-    """Seconds that a shutdown leaves to a running cell; None where our engine stops the kernel itself."""
+    """Seconds that a shutdown leaves to a running cell; None where our engine does the stopping."""
     _interrupted_at = -math.inf
     _told = False
 
@@ -93,8 +93,9 @@ class GrdProvisioner(LocalProvisioner):
 
     async def send_signal(self, signum: int) -> None:
         """Signal the kernel's process only: its DataLoader workers must live until it has saved."""
-        if signum == signal.SIGINT:
-            self._interrupted_at = time.monotonic()
+        if signum == signal.SIGINT and self.pid is not None:
+            heard = processes.catches_signal(self.pid, signum)  # an idle ipykernel ignores it
+            self._interrupted_at = time.monotonic() if heard else -math.inf
         if self.process:
             with contextlib.suppress(ProcessLookupError):
                 self.process.send_signal(signum)
@@ -132,8 +133,8 @@ class GrdProvisioner(LocalProvisioner):
         return processes.reap(self.marker, session=self.pid, session_started=self.started)
 
     def get_shutdown_wait_time(self, recommended: float = 5.0) -> float:
-        """Seconds that jupyter_client waits for the kernel's own exit before it kills."""
-        return max(recommended, SHUTDOWN_SECONDS if self.grace is None else self.grace)
+        """Seconds that jupyter_client waits before it kills: the grace for a cell that was interrupted."""
+        return max(recommended, self.grace if self.grace is not None and self._told else SHUTDOWN_SECONDS)
 
 
 def _grace(environment: dict[str, str], *, of_run: bool) -> float:
