@@ -9,7 +9,8 @@ GrdError
 │   └── RunNotFound
 ├── ResourceUnavailable         something the machine should have and has not
 │   ├── KernelUnavailable
-│   └── RunBusy                 another process holds the run's lock
+│   ├── RunBusy                 another process holds the run's lock
+│   └── NotebookBusy            another process is executing into this notebook
 ├── ApprovalRequired            nobody agreed to this
 ├── ConfigurationError          a settings file or GRD_* variable is wrong
 ├── ReportError                 a report file cannot be edited without damage
@@ -68,6 +69,10 @@ class KernelUnavailable(ResourceUnavailable):
 
 class RunBusy(ResourceUnavailable):
     """Another process is executing this run."""
+
+
+class NotebookBusy(ResourceUnavailable):
+    """Another process is executing into this notebook, outside of any run."""
 
 
 class ApprovalRequired(GrdError):

@@ -24,8 +24,8 @@ from papermill.utils import remove_args
 
 from grd import contract
 from grd.errors import ConfigurationError
-from grd.execution import guarded_kernel, kernel_start, local_files, remote_files
-from grd.execution.client import GrdNotebookClient, ManagedNotebook, journal_beside
+from grd.execution import guarded_kernel, kernel_start, local_files, remote_files, unfinished
+from grd.execution.client import GrdNotebookClient, ManagedNotebook
 from grd.execution.out_of_memory import OomWatch, Verdict
 from grd.execution.outcome import CellError, Outcome, Seen, judge, storage_cause
 from grd.execution.output_limit import OutputLimit, readable_size
@@ -95,6 +95,7 @@ def execute_for_papermill(
         destination = nb.metadata.get("papermill", {}).get("output_path")
     own = grd_context is None
     context = grd_context or _context_for_papermill(nb, output_path, grd_timeout, grd_grace, grd_max_output)
+    claimed = _claim_output(output_path) if own else None
     if own:
         context.stopper.start()
     try:
@@ -102,6 +103,8 @@ def execute_for_papermill(
     finally:
         if own:
             context.stopper.close()
+        if claimed is not None:
+            claimed.release()
     if managed.saver is None or managed.elsewhere:
         papermill_writes = ending is None and "input_path" in kwargs
         if not papermill_writes:
@@ -121,6 +124,31 @@ def _write_elsewhere(nb: Any, destination: str | None, ending: BaseException | N
         if ending is None:
             raise
         logger.error(f"the notebook could not be written to {destination}: {_first_line(error)}")
+
+
+def _claim_output(output_path: str | None) -> unfinished.Claim | None:
+    """Keep others from writing the same output, and keep what an execution that was killed has left there.
+
+    Raises NotebookBusy, and OSError if what was left cannot be kept.
+    """
+    target = local_files.local_target(output_path)
+    if target is None:
+        return None
+    try:
+        claimed = unfinished.claim(target)
+    except OSError:
+        return None  # whether the output can be written there is found out, and said, by its first write
+    try:
+        left = unfinished.keep_previous(target, claimed.previous)
+    except BaseException:
+        claimed.release()
+        raise
+    if left is not None:
+        kept, found = left
+        logger.warning(
+            f"{target} was left by an execution that was killed: its {found.outputs} outputs are in {kept}"
+        )
+    return claimed
 
 
 def _context_for_papermill(
@@ -143,7 +171,7 @@ def _context_for_papermill(
         signals=(signal.SIGTERM, signal.SIGINT),
     )
     target = local_files.local_target(output_path)
-    journal = journal_beside(target) if target is not None else Path(os.devnull)
+    journal = unfinished.journal_beside(target) if target is not None else Path(os.devnull)
     environment = {
         contract.ENV_MARKER: f"papermill-{os.getpid()}-{secrets.token_hex(4)}",
         contract.ENV_KERNEL_GRACE: repr(stopper.grace),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from jupyter_client.utils import ensure_async
@@ -312,8 +311,3 @@ class GrdNotebookClient(StartingClient):
                     shown = outputs[position]
                     entry = {"op": journal.UPDATE, "i": cell_index, "at": position}
                     self.managed.put({**entry, "data": shown["data"], "metadata": shown["metadata"]})
-
-
-def journal_beside(output: Path) -> Path:
-    """Where the journal of a notebook lies that belongs to no run."""
-    return output.parent / f".{output.name}.grd-journal.jsonl"

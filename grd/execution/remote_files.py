@@ -17,8 +17,8 @@ from typing import Any
 from papermill.iorw import papermill_io, write_ipynb
 from papermill.log import logger
 
-from grd.execution.client import journal_beside
 from grd.execution.saving import NotebookSaver
+from grd.execution.unfinished import journal_beside
 from grd.files import atomic_write
 from grd.settings import state_dir
 
