@@ -10,9 +10,9 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from grd.errors import ConfigurationError
 
@@ -29,15 +29,15 @@ def fsync_folder(folder: Path) -> None:
             os.close(fd)
 
 
-def atomic_write(path: Path, data: bytes | str, *, durable: bool = True) -> None:
+def atomic_write(path: Path, data: bytes | str | Iterable[bytes], *, durable: bool = True) -> None:
     """Replace the content of ``path`` so that a reader or a crash sees the old bytes or the new, never a mix.
 
-    Symbolic links are kept (their target is replaced), and so is the mode of an existing file. ``durable``
-    adds fsync of file and folder. Raises OSError; then the old file is untouched and no temporary file stays.
+    ``data`` may come in pieces, which are written one by one. Symbolic links are kept (their target is
+    replaced), and so is the mode of an existing file. ``durable`` adds fsync of file and folder. Raises
+    OSError; then the old file is untouched and no temporary file stays.
     """
     path = Path(path)
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
-    content = data.encode("utf-8") if isinstance(data, str) else data
     try:
         mode = stat.S_IMODE(target.stat().st_mode)
     except FileNotFoundError:
@@ -48,7 +48,7 @@ def atomic_write(path: Path, data: bytes | str, *, durable: bool = True) -> None
     temporary = Path(name)
     try:
         with os.fdopen(fd, "wb") as stream:
-            stream.write(content)
+            write_pieces(stream, data)
             stream.flush()
             os.fchmod(stream.fileno(), mode)
             if durable:
@@ -60,6 +60,15 @@ def atomic_write(path: Path, data: bytes | str, *, durable: bool = True) -> None
         raise
     if durable:
         fsync_folder(target.parent)
+
+
+def write_pieces(stream: BinaryIO, data: bytes | str | Iterable[bytes]) -> None:
+    """Write ``data``, whole or in pieces, to ``stream``. Raises OSError."""
+    if isinstance(data, (bytes, str)):
+        stream.write(data.encode("utf-8") if isinstance(data, str) else data)
+        return
+    for piece in data:
+        stream.write(piece)
 
 
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
@@ -99,7 +108,7 @@ class JsonLines:
         if written != len(data):
             raise OSError(errno.ENOSPC, "the line was written in part", str(self.path))
 
-    def append_bytes(self, lines: bytes) -> None:
+    def append_bytes(self, lines: bytes | bytearray) -> None:
         """Write whole, newline-terminated lines that were encoded before. Raises OSError."""
         view = memoryview(b"\n" + lines if self._ends_torn() else lines)
         while view:

@@ -29,6 +29,7 @@ PATIENCE_SECONDS = 1.0
 
 HOPELESS_SECONDS = 20.0
 POLL_SECONDS = 0.2
+LONGEST_PAUSE_SECONDS = 3600.0
 OOM_SCORE_RAISED_BY = 300
 RUNNER_VARIABLE = b"GRD_RUNNER="  # contract.ENV_RUNNER
 
@@ -221,7 +222,11 @@ class Guard:
         timeout: float | None = POLL_SECONDS
         if self.gone_at is None and self.requester_handle >= 0:
             wanted.append(self.requester_handle)
-            timeout = None if self.deadline is None else max(POLL_SECONDS, self.deadline - time.monotonic())
+            if self.deadline is not None:
+                # poll(2) takes an int of milliseconds: 24 days
+                timeout = min(max(POLL_SECONDS, self.deadline - time.monotonic()), LONGEST_PAUSE_SECONDS)
+            else:
+                timeout = None
         # poll, not select: a descriptor inherited from a busy server may be above 1023
         poller = select.poll()
         for fd in (self.wake, *wanted):

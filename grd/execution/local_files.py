@@ -1,21 +1,25 @@
-"""papermill's local files, written atomically once our engine is in use."""
+"""papermill's local files, written atomically, and not twice, once our engine is in use."""
 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import stat
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from grd.files import atomic_write
+from grd.files import atomic_write, write_pieces
+from grd.runs.notebook_file import NotebookFile
 
 _CANNOT_RENAME = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Replace ``path`` atomically, or in place where a rename cannot be (a bind-mounted file, a folder that
-    takes no new files); pipes and devices are just written to. Raises OSError."""
+    takes no new files); pipes and devices are just written to. Pieces are gone through again for that: an
+    iterator will not do. Raises OSError."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             _write_in_place(path, data)
@@ -30,9 +34,9 @@ def write_file(path: Path, data: bytes) -> None:
         _write_in_place(path, data)
 
 
-def _write_in_place(path: Path, data: bytes) -> None:
+def _write_in_place(path: Path, data: bytes | Iterable[bytes]) -> None:
     with open(path, "wb") as stream:
-        stream.write(data)
+        write_pieces(stream, data)
 
 
 class AtomicLocalHandler:
@@ -60,25 +64,46 @@ class AtomicLocalHandler:
         write_file(target, text.encode("utf-8"))
 
 
-def install() -> AtomicLocalHandler:
-    """Put the atomic handler in the place of papermill's local one, once per process; returns it.
+def install() -> None:
+    """Put the atomic handler in the place of papermill's local one, once per process.
 
-    A `papermill.io` entry point named ``local`` would never win: papermill takes the oldest match.
+    A `papermill.io` entry point named ``local`` would never win: papermill takes the oldest match. A handler
+    that somebody else has put in its place stays, and is written to as a remote store is.
     """
-    from papermill.iorw import papermill_io
+    import papermill.execute
+    from papermill.iorw import LocalHandler, papermill_io
 
     for index, (scheme, handler) in enumerate(papermill_io._handlers):
-        if scheme == "local":
-            if isinstance(handler, AtomicLocalHandler):
-                return handler
-            atomic = AtomicLocalHandler(handler)
-            papermill_io._handlers[index] = (scheme, atomic)
-            return atomic
-    raise RuntimeError("papermill has no handler for local files")
+        if scheme == "local" and getattr(type(handler), "write", None) is LocalHandler.write:
+            papermill_io._handlers[index] = (scheme, AtomicLocalHandler(handler))
+            papermill.execute.write_ipynb = _last_write(papermill.execute.write_ipynb)
+
+
+def _last_write(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    """papermill's write of the executed notebook, without a second copy of it in memory or on the disk.
+
+    The engine has usually saved the very same bytes: then there is nothing to write. Other places than
+    regular local files are the original's.
+    """
+
+    @functools.wraps(original)
+    def write_ipynb(nb: Any, path: Any) -> None:
+        target = local_target(path) if isinstance(path, str) else None
+        if target is None or not target.parent.is_dir():
+            original(nb, path)
+            return
+        file = NotebookFile(nb)
+        if not file.is_stored_in(target):
+            write_file(target, file)
+
+    return write_ipynb
 
 
 def local_target(output_path: str | None) -> Path | None:
-    """The regular local file that ``output_path`` names, or None (remote, stdout, a pipe, nothing)."""
+    """The regular local file that ``output_path`` names, or None (remote, stdout, a pipe, nothing).
+
+    Raises IsADirectoryError, as papermill's first write does.
+    """
     if output_path is None:
         return None
     from papermill.iorw import papermill_io
@@ -88,6 +113,16 @@ def local_target(output_path: str | None) -> Path | None:
         return None
     target = handler.resolve(output_path)
     try:
-        return target if stat.S_ISREG(target.stat().st_mode) else None
+        mode = target.stat().st_mode
     except FileNotFoundError:
         return target
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), output_path)
+    return target if stat.S_ISREG(mode) else None
+
+
+def is_remote(output_path: str) -> bool:
+    """Whether ``output_path`` is a place that holds whole notebooks: no local path, and no stream."""
+    from papermill.iorw import StreamHandler, papermill_io
+
+    return not isinstance(papermill_io.get_handler(output_path), AtomicLocalHandler | StreamHandler)

@@ -41,6 +41,7 @@ class OutputLimit:
 
     limit: int | None
     _head: dict[int, int] = field(default_factory=dict)
+    _head_size: int = 0
     _tail: deque[_Kept] = field(default_factory=deque)
     _tail_size: int = 0
     _notes: dict[int, _LeftOut] = field(default_factory=dict)
@@ -51,8 +52,9 @@ class OutputLimit:
         if self.limit is None:
             return []
         half = self.limit // 2
-        if not self._tail and sum(self._head.values()) + size <= half:
+        if not self._tail and self._head_size + size <= half:
             self._head[cell] = self._head.get(cell, 0) + size
+            self._head_size += size
             return []
         last = self._tail[-1] if self._tail else None
         if last is not None and (last.cell, last.at) == (cell, at):
@@ -66,11 +68,11 @@ class OutputLimit:
         return omissions
 
     def cleared(self, cell: int) -> None:
-        """Hear that all outputs of ``cell`` were cleared."""
-        self._head.pop(cell, None)
+        """Hear that all outputs of ``cell``, which is the last one so far, were cleared."""
+        self._head_size -= self._head.pop(cell, 0)
         self._notes.pop(cell, None)
-        self._tail = deque(kept for kept in self._tail if kept.cell != cell)
-        self._tail_size = sum(kept.size for kept in self._tail)
+        while self._tail and self._tail[-1].cell == cell:
+            self._tail_size -= self._tail.pop().size
 
     def shortened(self, text: str) -> str:
         """A single text that is longer than a quarter of the limit: its own head and tail."""

@@ -7,6 +7,7 @@ that there is no moment in which a live run looks dead: ``python -m grd.executio
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -23,13 +24,16 @@ from grd.errors import GrdError
 from grd.execution.outcome import Outcome, storage_cause
 from grd.execution.stopping import Stopper
 from grd.files import atomic_write, read_json, write_json
-from grd.runs import handover, leftovers, reserve, store
+from grd.runs import handover, last_word, leftovers, reserve, store
 from grd.runs.events import Digest, EventLog, view_of
 from grd.runs.folder import RunFolder, process_marker
 from grd.runs.liveness import HEARTBEAT_SECONDS
 from grd.runs.model import now_iso, seconds_left
 from grd.runs.processes import identity, reap
 from grd.runs.recovery import resume_command
+
+STORING_SECONDS = 1.0
+"""Somebody else may hold the last block for a moment; a runner that waits longer is one that stays behind."""
 
 HARDWARE_SECONDS = 3.0
 """A run shorter than the description of its machine waits so long for it: later attempts compare with it."""
@@ -202,6 +206,7 @@ class Runner:
             stopper=self.stopper,
             journal=self.paths.journal,
             environment=self._kernel_environment(),
+            kernel_log=self.paths.log,
             max_output=self.record.max_output,
             on_warning=lambda message: self.events.write(contract.EVENT_WARNING, message=message),
             on_kernel=self._note_kernel,
@@ -232,8 +237,10 @@ class Runner:
                     # papermill takes every error output for a failure, also one that the cell's tag
                     # `raises-exception` expects, and marks the notebook with it.
                     write_ipynb(remove_error_markers(context.notebook), str(self.paths.output))
-                # a cell's own time limit is a TimeoutError, and that is an OSError too
-                if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+                # a cell's own time limit is a TimeoutError, and that is an OSError too; so is a kernel's
+                # program that is not there
+                ours = isinstance(error, TimeoutError) or context.outcome.cause == contract.START_FAILED
+                if isinstance(error, OSError) and not ours:
                     return Outcome(contract.INTERRUPTED, storage_cause(error), f"the notebook: {error}")
         if context.outcome is None:
             raise RuntimeError("the engine ended without an outcome")
@@ -279,8 +286,10 @@ class Runner:
                 self.folder.heartbeat.write_text(f"{os.getpid()}\n")
             except FileNotFoundError:
                 self.stopper.request(contract.STORAGE)  # the run folder was deleted: nobody can read the rest
-            except OSError:
-                pass  # a full disk: the saver sees it too, and knows more
+            except OSError as error:
+                # A full disk may have room again before anything is to be written: the saver knows more.
+                if error.errno == errno.EROFS:
+                    self.stopper.request(contract.STORAGE)
             with contextlib.suppress(Exception):  # only a cache, and whatever somebody wrote into the events
                 digest.keep_up()
             if self._beating.wait(HEARTBEAT_SECONDS):
@@ -348,16 +357,18 @@ class Runner:
 
     def _store_end(self) -> None:
         """Write the end of the run, on a full disk too: try for a while, then leave it to recovery."""
-        give_up = time.monotonic() + 10.0
+        give_up = time.monotonic() + STORING_SECONDS
         while True:
             try:
                 store.save(self.folder, self.record)
                 return
             except OSError as error:
-                if time.monotonic() > give_up:
+                if storage_cause(error) != contract.DISK_FULL or time.monotonic() > give_up:
                     _log(f"run.json could not be written: {error}")
-                    return
-                time.sleep(0.5)
+                    break
+                time.sleep(0.1)
+        if self.folder.path.is_dir():
+            last_word.keep(self.folder, self.record)
 
 
 def _log(text: str) -> None:

@@ -12,12 +12,13 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from grd.files import JsonLines, atomic_write
 from grd.runs import notebook_journal
+from grd.runs.notebook_file import NotebookFile
 from grd.runs.notebook_journal import Notebook
 
 FLUSH_SECONDS = 0.25
@@ -29,7 +30,8 @@ MIN_SNAPSHOT_BYTES = 64_000
 LONG_JOURNAL_BYTES = 32_000_000
 """A journal longer than this, and than four snapshots, starts again: endless output must not fill a disk."""
 
-_END: dict[str, Any] = {}
+APPEND_BYTES = 1_000_000
+"""Lines are handed to the journal in pieces of about this size."""
 
 
 class NotebookSaver:
@@ -44,7 +46,7 @@ class NotebookSaver:
         output: Path,
         journal: Path,
         *,
-        write: Callable[[Path, bytes], None] = atomic_write,
+        write: Callable[[Path, Iterable[bytes]], None] = atomic_write,
         on_trouble: Callable[[OSError], None] | None = None,
     ) -> None:
         self.error: OSError | None = None
@@ -54,6 +56,7 @@ class NotebookSaver:
         self._write = write
         self._on_trouble = on_trouble
         self._queue: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._ending = threading.Event()
         self._snapshot_bytes = 0
         self._since_snapshot = 0
         self._hole_since: float | None = None
@@ -74,7 +77,8 @@ class NotebookSaver:
         """Write what is queued, take the last snapshot, end the thread. Raises the OSError that lost data."""
         if self._lines is None:
             return
-        self._queue.put(_END)
+        self._ending.set()
+        self._queue.put({})  # wakes the thread
         self._thread.join()
         try:
             self._snapshot()
@@ -106,32 +110,39 @@ class NotebookSaver:
                     self._trouble(error)
 
     def _take(self) -> tuple[list[dict[str, Any]], bool]:
-        """What has gathered: waits for a first entry, then a little longer for its neighbours."""
+        """What has gathered, and whether that was all: waits for a first entry, then lets others gather.
+
+        It does not wait for each: being woken for every entry would cost the thread that reads the kernel's
+        messages more than all the rest of saving.
+        """
         entries: list[dict[str, Any]] = []
-        try:
-            entry = self._queue.get(timeout=SYNC_SECONDS)
-        except queue.Empty:
-            return entries, False
-        give_up = time.monotonic() + FLUSH_SECONDS
-        while entry is not _END:
-            entries.append(entry)
-            try:
-                entry = self._queue.get(timeout=max(0.0, give_up - time.monotonic()))
-            except queue.Empty:
-                return entries, False
-        return entries, True
+        with contextlib.suppress(queue.Empty):
+            entries.append(self._queue.get(timeout=SYNC_SECONDS))
+            self._ending.wait(FLUSH_SECONDS)
+        ended = self._ending.is_set()  # before the rest is taken: nothing is put after it
+        with contextlib.suppress(queue.Empty):
+            while True:
+                entries.append(self._queue.get_nowait())
+        return [entry for entry in entries if entry], ended
 
     def _append(self, entries: list[dict[str, Any]]) -> None:
-        chunk = bytearray()
+        lines = bytearray()
         for entry in entries:
             notebook_journal.apply(self._notebook, entry)
             line = json.dumps(entry, ensure_ascii=False, separators=(",", ":"))
-            chunk += line.encode("utf-8", "backslashreplace") + b"\n"
-        self._since_snapshot += len(chunk)
+            lines += line.encode("utf-8", "backslashreplace") + b"\n"
+            if len(lines) >= APPEND_BYTES:
+                self._write_lines(lines)
+                lines = bytearray()
+        if lines:
+            self._write_lines(lines)
+
+    def _write_lines(self, lines: bytearray) -> None:
+        self._since_snapshot += len(lines)
         if self._hole_since is not None or self._lines is None:
             return  # entries after a lost one would be applied to the wrong notebook: a snapshot first
         try:
-            self._lines.append_bytes(bytes(chunk))
+            self._lines.append_bytes(lines)
         except OSError as error:
             self._hole_since = time.monotonic()
             self._trouble(error)
@@ -150,13 +161,15 @@ class NotebookSaver:
         state = self._notebook["metadata"].setdefault("grd", {})
         state["journal_bytes"] = 0 if start_again else journal_bytes
         state["journal_part"] = self._part + start_again
+        if state.get("complete"):
+            del state["journal_bytes"], state["journal_part"]  # nothing comes after it
         try:
-            data = notebook_journal.encode(self._notebook)
-            self._write(self._output, data)
+            file = NotebookFile(self._notebook)
+            self._write(self._output, file)
         except BaseException:
             state["journal_bytes"], state["journal_part"] = journal_bytes, self._part
             raise
-        self._snapshot_bytes = len(data)
+        self._snapshot_bytes = file.size
         self._since_snapshot = 0
         self._hole_since = None
         if start_again:

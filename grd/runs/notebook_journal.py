@@ -11,9 +11,7 @@ Everything here is plain JSON values (dicts, lists), no nbformat: recovery runs 
 
 from __future__ import annotations
 
-import copy
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from grd.files import read_json, read_json_lines
 
 Notebook = dict[str, Any]
 
-CELL = "cell"  # i, metadata (papermill's), execution_count
+CELL = "cell"  # i, metadata (papermill's), execution_count, execution (nbclient's times)
 OUTPUT = "output"  # i, output
 CLEAR = "clear"  # i
 UPDATE = "update"  # i, at, data, metadata: an earlier display was updated in place
@@ -57,6 +55,8 @@ def apply(notebook: Notebook, entry: dict[str, Any]) -> int | None:
         cell["metadata"]["papermill"] = dict(entry["metadata"])
         if cell["cell_type"] == "code" and "execution_count" in entry:
             cell["execution_count"] = entry["execution_count"]
+        if "execution" in entry:
+            cell["metadata"]["execution"] = dict(entry["execution"])
     elif cell["cell_type"] != "code":
         return None
     elif kind == OUTPUT:
@@ -113,9 +113,18 @@ def rebuild(snapshot: Path, journal: Path) -> Notebook:
     part = int(state.get("journal_part", 0))
     if journal_part(journal) != part:
         return notebook  # the journal is older than the snapshot, which was written before it was restarted
+    _join_lines(notebook)
     for _, entry in read_json_lines(journal, int(state.get("journal_bytes", 0))):
         apply(notebook, entry)
     return notebook
+
+
+def _join_lines(notebook: Notebook) -> None:
+    """Texts as one string each, as entries have them: the file holds lists of lines."""
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            if isinstance(output.get("text"), list):
+                output["text"] = "".join(output["text"])
 
 
 def journal_part(journal: Path) -> int:
@@ -150,43 +159,3 @@ def count_cells(notebook: Notebook) -> dict[str, int]:
             status = cell["metadata"].get("papermill", {}).get("status", "pending")
             counts[status] = counts.get(status, 0) + 1
     return counts
-
-
-def encode(notebook: Notebook) -> bytes:
-    """The .ipynb file of ``notebook``: text in lists of lines as Jupyter writes it, one space of indent."""
-    shallow = dict(notebook)
-    # Positions count for the journal's later entries; after the last one there are none.
-    ended = notebook["metadata"].get("grd", {}).get("complete", True)
-    shallow["cells"] = [_with_line_lists(cell, ended) for cell in notebook["cells"]]
-    # surrogates from a kernel's undecodable bytes must not lose the rest of the notebook
-    return (json.dumps(shallow, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode(
-        "utf-8", "replace"
-    )
-
-
-def _with_line_lists(cell: dict[str, Any], ended: bool) -> dict[str, Any]:
-    shown = dict(cell)
-    shown["source"] = _lines(cell.get("source", ""))
-    if cell["cell_type"] == "code":
-        outputs = cell.get("outputs", [])
-        kept = without_empty(outputs) if ended else outputs
-        shown["outputs"] = [_output_lines(output) for output in kept]
-    if "attachments" in cell:
-        shown["attachments"] = copy.deepcopy(cell["attachments"])
-    return shown
-
-
-def _output_lines(output: dict[str, Any]) -> dict[str, Any]:
-    shown = dict(output)
-    if "text" in shown:
-        shown["text"] = _lines(shown["text"])
-    if isinstance(shown.get("data"), dict):
-        shown["data"] = {
-            kind: value if kind == "application/json" or kind.endswith("+json") else _lines(value)
-            for kind, value in shown["data"].items()
-        }
-    return shown
-
-
-def _lines(text: Any) -> Any:
-    return text.splitlines(True) if isinstance(text, str) else text

@@ -235,8 +235,10 @@ def reap(
         found = carrying(marker)
         if session is not None:
             found |= in_session(session, session_started)
-        for pid in list(found):
-            found |= descendants(pid)
+        for pid, started in list(found.items()):
+            below = descendants(pid)
+            if start_time(pid) == started:  # or they may be below another one that has its pid now
+                found |= below
         found = {pid: started for pid, started in found.items() if pid not in spared}
         if not found:
             return sorted(killed)

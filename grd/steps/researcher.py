@@ -77,6 +77,7 @@ def research(
     kernel: str | None = None,
     checkpoint_dir: str | Path | None = None,
     grace: float | str | None = None,
+    start_timeout: float | str | None = None,
     max_output: int | str | None = None,
     runs_dir: str | Path | None = None,
     allow_unknown: bool = False,
@@ -89,7 +90,8 @@ def research(
 ) -> Run:
     """Run ``notebook`` to its end, or to an interruption; the `Run` tells which.
 
-    ``timeout`` (one attempt), ``budget`` (all attempts together) and ``grace`` are seconds or ``"30m"``.
+    ``timeout`` (one attempt), ``budget`` (all attempts together), ``grace`` and ``start_timeout`` (for the
+    kernel to answer after its start) are seconds or ``"30m"``.
     ``max_output`` is how much output the notebook keeps, in bytes or as ``"100MB"``.
     With ``wait=False`` it returns once the run has been started; the run outlives this process either way.
     ``key`` makes the call idempotent: the run that was started with it is attached to, resumed, or just
@@ -98,7 +100,12 @@ def research(
     is started or written.
     """
     root = find_project_root(Path.cwd())
-    settings, _ = load_settings(root, {"grace": grace, "max_output": max_output})
+    typed = {
+        "grace": read_seconds("--grace", grace),
+        "max_output": None if max_output is None else read_size("--max-output", max_output),
+        "start_timeout": read_seconds("--start-timeout", start_timeout),
+    }
+    settings, _ = load_settings(root, typed)
     request = check(str(notebook), parameters or {}, kernel=kernel, allow_unknown=allow_unknown)
     limits = read_limits(timeout, budget, settings)
     place = runs_folder(runs_dir)
@@ -119,7 +126,7 @@ def research(
             started = create()
             slot.assign(started.folder)
         else:
-            started = _go_on(known, request, key, timeout, budget, grace, max_output, on_note)
+            started = _go_on(known, request, key, timeout, budget, grace, start_timeout, max_output, on_note)
     return _see_to_end(started, wait, on_start, on_event, on_note)
 
 
@@ -130,6 +137,7 @@ def _go_on(
     timeout: float | str | None,
     budget: float | str | None,
     grace: float | str | None,
+    start_timeout: float | str | None,
     max_output: int | str | None,
     on_note: OnNote | None,
 ) -> Started:
@@ -161,6 +169,7 @@ def _go_on(
         more_time,
         more_budget,
         grace,
+        start_timeout,
         max_output,
         allow_unknown=True,
         on_note=on_note,
@@ -176,6 +185,7 @@ def resume(
     timeout: float | str | None = None,
     budget: float | str | None = None,
     grace: float | str | None = None,
+    start_timeout: float | str | None = None,
     max_output: int | str | None = None,
     runs_dir: str | Path | None = None,
     allow_unknown: bool = False,
@@ -201,6 +211,7 @@ def resume(
         timeout,
         budget,
         grace,
+        start_timeout,
         max_output,
         allow_unknown=allow_unknown,
         now=now,
@@ -217,6 +228,7 @@ def _resume(
     timeout: float | str | None,
     budget: float | str | None,
     grace: float | str | None,
+    start_timeout: float | str | None,
     max_output: int | str | None,
     *,
     allow_unknown: bool,
@@ -236,6 +248,8 @@ def _resume(
             folder, record, parameters, notebook, from_epoch, allow_unknown=allow_unknown
         )
         _apply_limits(record, changes, timeout, budget, grace)
+        if start_timeout is not None:
+            record.start_timeout = read_seconds("--start-timeout", start_timeout) or record.start_timeout
         if max_output is not None:
             record.max_output = read_size("--max-output", max_output)
         _check_resumable(record, changes)
@@ -292,6 +306,25 @@ def _await_guardian(folder: RunFolder, now: bool, on_note: OnNote | None) -> Non
         time.sleep(0.1)
 
 
+def _reserve(runs_dir: Path, name: str) -> tuple[RunFolder, RunFolder]:
+    """A run folder that nobody else has or will take, and the one it is made in, which exists then."""
+    while True:
+        run_id = new_run_id(name)
+        folder, staging = RunFolder(runs_dir / run_id), RunFolder(runs_dir / f".new-{run_id}")
+        try:
+            staging.path.mkdir(parents=True)
+        except FileExistsError:
+            if not runs_dir.is_dir():
+                raise UsageError(f"no run folder can be made in {runs_dir}: it is no folder") from None
+            continue
+        except OSError as error:
+            raise UsageError(f"no run folder can be made in {runs_dir}: {error.strerror or error}") from None
+        # Whoever has the staging folder has the name, until it becomes the run folder; then that is there.
+        if not folder.path.exists():
+            return folder, staging
+        staging.path.rmdir()
+
+
 def _create(
     request: Request,
     settings: Settings,
@@ -308,11 +341,10 @@ def _create(
     run for one whose runner is gone.
     """
     shown_name = name or Path(request.source.location.split("?")[0]).stem
-    run_id = new_run_id(shown_name)
-    while (runs_dir / run_id).exists():
-        run_id = new_run_id(shown_name)
-    folder = RunFolder(runs_dir / run_id)
-    checkpoints = Path(checkpoint_dir).expanduser().resolve() if checkpoint_dir else folder.checkpoints
+    elsewhere = Path(checkpoint_dir).expanduser().resolve() if checkpoint_dir else None
+    folder, staging = _reserve(runs_dir, shown_name)
+    run_id = folder.run_id
+    checkpoints = elsewhere or folder.checkpoints
     record = RunRecord(
         run_id=run_id,
         name=shown_name,
@@ -349,7 +381,6 @@ def _create(
             )
         ],
     )
-    staging = RunFolder(runs_dir / f".new-{run_id}")
     try:
         staging.attempt(1).path.mkdir(parents=True)
         checkpoints_here = staging.checkpoints if checkpoint_dir is None else checkpoints

@@ -265,8 +265,6 @@ class Filling(Campaign):
         allowed = {("completed", None), ("interrupted", "disk_full")}
         if "runner" in killed:
             allowed.add(("interrupted", "runner_lost"))
-        if plan.means == "greedy":
-            allowed.add(("interrupted", "runner_lost"))  # no block was left to tell the true cause in
         if killed:
             allowed |= {("interrupted", "kernel_died"), ("failed", "start_failed")}
         told = (shown["state"], shown["cause"])
