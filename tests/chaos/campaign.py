@@ -52,6 +52,7 @@ class Tally:
     """What was done and seen, over all lanes."""
 
     kills: int = 0
+    processes: int = 0
     fillings: int = 0
     runs: int = 0
     completed: int = 0
@@ -186,7 +187,7 @@ class Campaign:
             return not command.ended
         return bool(self.lane.cast(("runner", "command"))) and not self.is_over(folder)
 
-    def _has_begun(self, checker: Checker) -> bool:
+    def has_begun(self, checker: Checker) -> bool:
         """Whether the newest attempt's runner came to its work."""
         began = [e["attempt"] for e in checker.events() if e["kind"] == "state" and e["state"] == "running"]
         return bool(began) and began[-1] == checker.record["attempt"]
