@@ -259,9 +259,9 @@ class Filling(Campaign):
         checker.ended(shown)
         attempt = shown["attempt"]
         for number in range(1, attempt + 1):
-            at = self.lost_from.setdefault(number, at)
+            hit_at = self.lost_from.setdefault(number, at)
             self.on_full_disk.add(number)
-            checker.notebook(number, at, on_disk=False)
+            checker.notebook(number, hit_at, on_disk=False)
         checker.checkpoints()
         allowed = {("completed", None), ("interrupted", "disk_full")}
         if "runner" in killed:
