@@ -63,6 +63,7 @@ class Killing(Campaign):
         folder: Path | None = None
         self.begin_run()
         self.half_written: set[Path] = set()
+        self.hit_before: frozenset[str] = frozenset()
         while True:
             self.attempts_before = len(self.attempts(folder)) if folder is not None else 0
             command = self.start_command(folder)
@@ -79,6 +80,7 @@ class Killing(Campaign):
             elif hit.plan.next_step == "resume" and hit.killed - {"command"}:
                 # It must wait for what the kill has left: two kernels never train one run.
                 self.lost_from.setdefault(self.record(folder)["attempt"], hit.at)
+                self.hit_before = hit.killed
                 self.say(f"{hit.plan.moment:<17} {'+'.join(sorted(hit.killed))}: resumed at once")
             elif self._check(hit, folder, command) == "completed":
                 self.check_completed(folder)
@@ -106,7 +108,11 @@ class Killing(Campaign):
         """Look at what a kill has left; returns the run's state. Raises Violation."""
         checker = Checker(folder, self.lane.printed)
         try:
-            self._after_kill(checker, hit.plan, hit.killed, hit.at, command)
+            killed = hit.killed
+            if checker.record["attempt"] == self.attempts_before:
+                killed |= self.hit_before  # the resume at once was refused: this is still the attempt before
+            self._after_kill(checker, hit.plan, killed, hit.at, command)
+            self.hit_before = frozenset()
             left = checker.temporaries()
             if checker.record["attempt"] > self.attempts_before and self.has_begun(checker):
                 stays = sorted(path.name for path in left & self.half_written)
