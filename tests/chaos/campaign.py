@@ -23,9 +23,9 @@ START_SECONDS = 90.0
 MOMENTS = {
     "command starting": 1,
     "kernel starting": 2,
-    "cell begun": 2,
+    "cell begun": 1,
     "saving": 3,
-    "between": 3,
+    "between": 4,
     "ending": 1,
 }
 """How often each moment is drawn."""
@@ -35,7 +35,7 @@ SPANS = {
     "kernel starting": (0.0, 2.0),
     "cell begun": (0.0, 0.5),
     "saving": (0.0, 0.02),
-    "between": (0.2, 5.0),
+    "between": (0.2, 6.0),
     "ending": (0.0, 0.4),
 }
 """Seconds from the event that a moment is named after."""

@@ -33,6 +33,8 @@ class Plan:
     def draw(cls, dice: random.Random) -> Plan:
         moment, delay = draw_moment(dice)
         roles = [role for role in ROLES if dice.random() < 0.5] or [dice.choice(ROLES)]
+        if dice.random() < 0.2:
+            roles = list(ROLES)  # nobody is left to see to the rest: the next look must
         if moment == "command starting":
             roles = roles if dice.random() < 0.5 else []
         return cls(
