@@ -71,12 +71,13 @@ def decide(
 
 
 def stat_of(pid: int) -> tuple[str, int, int] | None:
-    """State, parent and start (clock ticks since boot) of ``pid``."""
+    """State, parent and start (clock ticks since boot) of ``pid``; H: only its main thread has ended."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             # The command's name may hold spaces and brackets: the fields start after the last one.
             fields = file.read().rpartition(b")")[2].split()
-        return fields[0].decode(), int(fields[1]), int(fields[19])
+        state = "H" if fields[0] == b"Z" and int(fields[17]) > 1 else fields[0].decode()
+        return state, int(fields[1]), int(fields[19])
     except (OSError, IndexError, ValueError):
         return None
 
@@ -96,20 +97,23 @@ def descendants() -> list[tuple[int, int]]:
 
     Spared is what a runner started from in here has made: a run in its own right with its own guardian.
     """
-    below: dict[int, list[tuple[int, int]]] = {}
+    below: dict[int, list[tuple[int, str, int]]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
             stat = stat_of(int(name))
-            if stat is not None and stat[0] not in "ZX":
-                below.setdefault(stat[1], []).append((int(name), stat[2]))
+            if stat is not None:
+                below.setdefault(stat[1], []).append((int(name), stat[0], stat[2]))
     own = runner_of(os.getpid())
     found: list[tuple[int, int]] = []
     waiting = list(below.get(os.getpid(), []))
     while waiting:
-        pid, start = waiting.pop()
+        pid, state, start = waiting.pop()
         if runner_of(pid) not in (b"", own):
             continue
-        found.append((pid, start))
+        if state not in "ZX":
+            found.append((pid, start))
+        # Of the dead too: they were seen one after another, and a child may have been seen before its
+        # parent died and left it to us.
         waiting.extend(below.get(pid, []))
     return found
 

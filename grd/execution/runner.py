@@ -24,16 +24,13 @@ from grd.errors import GrdError
 from grd.execution.outcome import Outcome, storage_cause
 from grd.execution.stopping import Stopper
 from grd.files import atomic_write, read_json, write_json
-from grd.runs import handover, last_word, store
+from grd.runs import handover, last_word, leftovers, reserve, store
 from grd.runs.events import Digest, EventLog, view_of
 from grd.runs.folder import RunFolder, process_marker
 from grd.runs.liveness import HEARTBEAT_SECONDS
 from grd.runs.model import now_iso, seconds_left
 from grd.runs.processes import identity, reap
 from grd.runs.recovery import resume_command
-
-RESERVE_BYTES = 256 * 1024
-"""More than run.json, metrics.json and a last event need."""
 
 STORING_SECONDS = 1.0
 """Somebody else may hold the last block for a moment; a runner that waits longer is one that stays behind."""
@@ -102,6 +99,7 @@ class Runner:
         record, attempt = self.record, self.attempt
         # Fence first: from here on no older attempt can write a checkpoint.
         atomic_write(self.folder.fence, f"{attempt.number}\n")
+        leftovers.sweep(self.folder)
         record.runner = identity()
         record.state = attempt.state = contract.RUNNING
         record.cause = attempt.cause = record.detail = attempt.detail = None
@@ -110,7 +108,7 @@ class Runner:
         record.started_at = attempt.started_at = now_iso()
         deadline = datetime.now(UTC) + timedelta(seconds=self.seconds)
         record.deadline = deadline.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        self.folder.reserve.write_bytes(b"\1" * RESERVE_BYTES)  # zeros may be stored as a hole
+        reserve.take(self.folder)
         self._prepare_checkpoints()
         self.events.write(contract.EVENT_STATE, state=contract.RUNNING, resume=attempt.resume)
         store.save(self.folder, record)
@@ -164,10 +162,11 @@ class Runner:
 
     def _prepare_checkpoints(self) -> None:
         """A new lineage must not find later epochs of an older one."""
-        from grd.experiment.checkpoint_folder import set_aside
+        from grd.experiment.checkpoint_folder import set_aside, sweep
 
         checkpoints = Path(self.record.checkpoint_dir)
         checkpoints.mkdir(parents=True, exist_ok=True)
+        sweep(checkpoints)
         back_to = self.attempt.changes.get("from_epoch")
         if back_to is not None:
             moved = set_aside(checkpoints, after_epoch=int(back_to), reason=f"resumed from epoch {back_to}")
@@ -298,8 +297,7 @@ class Runner:
 
     def _end(self, outcome: Outcome) -> None:
         record, attempt = self.record, self.attempt
-        with contextlib.suppress(OSError):
-            self.folder.reserve.unlink(missing_ok=True)
+        reserve.give_back(self.folder)
         view = view_of(self.folder)
         attempt.state, attempt.cause, attempt.detail = outcome.state, outcome.cause, outcome.detail
         attempt.stop, attempt.cells, attempt.oom = outcome.stop, outcome.cells, outcome.oom

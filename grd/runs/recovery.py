@@ -13,7 +13,7 @@ from datetime import datetime
 from grd import contract
 from grd.errors import ConfigurationError, RunNotFound
 from grd.files import LOCKS_UNSUPPORTED, atomic_write, take_lock
-from grd.runs import last_word, notebook_journal, store
+from grd.runs import last_word, notebook_journal, reserve, store
 from grd.runs.events import EventLog, view_of
 from grd.runs.folder import RunFolder, process_marker
 from grd.runs.liveness import HEARTBEAT_SECONDS, heartbeat_age, needs_recovery
@@ -129,7 +129,7 @@ def _recover(folder: RunFolder, record: RunRecord) -> RunRecord:
         attempt.cells = notebook_journal.count_cells(notebook)
         atomic_write(paths.output, NotebookFile(notebook))
         paths.journal.unlink(missing_ok=True)
-    folder.reserve.unlink(missing_ok=True)
+    reserve.give_back(folder)
     with contextlib.suppress(OSError):
         log = EventLog(folder.events, record.attempt)
         log.write(contract.EVENT_STATE, state=record.state, cause=record.cause, recovered=True)

@@ -6,6 +6,7 @@ Everything that can be wrong with the request is found before a kernel or a run 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import subprocess
@@ -17,12 +18,20 @@ from typing import Any
 
 import grd
 from grd import contract
-from grd.errors import ApprovalRequired, NotebookError, NotFoundError, ResumeError, RunBusy, UsageError
+from grd.errors import (
+    ApprovalRequired,
+    NotebookError,
+    NotFoundError,
+    ResourceUnavailable,
+    ResumeError,
+    RunBusy,
+    UsageError,
+)
 from grd.execution.launch import acquire, start_runner
 from grd.execution.notebooks import find_kernel, read_notebook
 from grd.execution.parameters import read_parameters_cell, resolve
 from grd.files import atomic_write, write_json
-from grd.runs import recovery, store
+from grd.runs import recovery, reserve, store
 from grd.runs.folder import RunFolder, new_run_id
 from grd.runs.liveness import needs_recovery
 from grd.runs.model import Attempt, RunRecord, now_iso, seconds_left
@@ -233,6 +242,8 @@ def _resume(
     lock = acquire(folder)
     try:
         record = store.load(folder)
+        if record.state in (contract.RUNNING, contract.QUEUED):
+            raise OSError(errno.ENOSPC, "the end of its last attempt could not be written")
         changes = _apply_changes(
             folder, record, parameters, notebook, from_epoch, allow_unknown=allow_unknown
         )
@@ -254,15 +265,24 @@ def _resume(
         record.attempt, record.lineage = attempt.number, attempt.lineage
         record.attempts.append(attempt)
         record.state, record.cause, record.detail = contract.QUEUED, None, None
+        record.runner = None  # the last attempt's: this one has none yet, on whatever machine
         record.grd_version = grd.__version__
+        # Before anything is changed: an attempt that finds no room could not even tell of its end.
+        reserve.take(folder)
         paths = folder.attempt(attempt.number)
         paths.path.mkdir(parents=True, exist_ok=True)
         if edited is not None:
             atomic_write(paths.input, edited)
         _point_out_changed_original(record, edited is not None, on_note)
         store.save(folder, record)
-    except BaseException:
+    except BaseException as error:
+        reserve.give_back(folder)
         os.close(lock)
+        if isinstance(error, OSError):
+            raise ResourceUnavailable(
+                f"{folder.run_id} cannot be resumed now: {error.strerror or error}; "
+                f"make {folder.path} writable, with space left, then: grd resume {folder.run_id}"
+            ) from None
         raise
     return _launch(folder, attempt.number, lock)
 
@@ -367,6 +387,7 @@ def _create(
         checkpoints_here.mkdir(parents=True, exist_ok=True)
         atomic_write(staging.input, request.source.text)
         write_json(staging.record, record.to_dict())
+        reserve.take(staging)
         lock = acquire(staging)
         try:
             staging.path.rename(folder.path)
