@@ -22,7 +22,7 @@ from typing import Any
 from grd import contract
 from grd.runs.processes import start_time
 
-SAME_STOP_SECONDS = 1.0
+SAME_STOP_SECONDS = 4.0
 """A scheduler's SIGTERM to every process is followed by what requester and guardian then send to the kernel:
 one KeyboardInterrupt for all of it, or the second would cut the save that the first one began."""
 
