@@ -152,7 +152,7 @@ def saves(project: Project, epoch: int) -> list[dict[str, Any]]:
 def test_a_save_of_8_s_after_a_step_of_10_s_fits_the_default_grace(
     project: Project, who: str, step: str
 ) -> None:
-    options = ("--timeout", "30s") if who == "deadline" else ()
+    options = ("--timeout", "60s") if who == "deadline" else ()
     process = start(project, *training(step, at_deadline=who == "deadline"), options=options)
     project.wait_for_output("the step begins")
     stop_by(project, who)
@@ -208,7 +208,7 @@ for epoch in training.epochs(4, model=model, checkpoint_dir=checkpoint_dir, resu
     settings = "steps, every = 8, '1s'" if inside else "steps, every = 1, 1"
     until = "time.monotonic() > DEADLINE + 1"
     process = start(
-        project, MODEL, f"model = Model(until=lambda: {until})", settings, loop, options=("--timeout", "30s")
+        project, MODEL, f"model = Model(until=lambda: {until})", settings, loop, options=("--timeout", "60s")
     )
     project.wait_for_output("saving")
     record = check_polite_end(project, process, "deadline")
