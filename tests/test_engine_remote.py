@@ -20,7 +20,7 @@ from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import LocalHandler, papermill_io
 
-from grd.execution.client import journal_beside
+from grd.execution.unfinished import journal_beside
 from grd.runs.notebook_journal import rebuild
 
 SLEEP = "import time\nfor i in range({seconds}):\n    print('tick', i, flush=True)\n    time.sleep(1)"

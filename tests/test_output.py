@@ -134,8 +134,10 @@ def test_the_limit_is_told_as_a_warning_of_the_run(project: Project) -> None:
 def test_a_limit_that_is_no_size_is_an_error_before_anything_starts(project: Project) -> None:
     project.notebook("printing.ipynb", "print('x')")
     ended = project.grd("research", "printing.ipynb", "--max-output", "many")
-    assert ended.code == 78, ended.err
+    assert ended.code == 2, ended.err
     assert "many" in ended.err and "Traceback" not in ended.err
+    setting = project.grd("research", "printing.ipynb", env={"GRD_MAX_OUTPUT": "many"})
+    assert setting.code == 78 and "GRD_MAX_OUTPUT" in setting.err
     assert not (project.path / "experiments").exists()
 
 

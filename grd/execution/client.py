@@ -156,8 +156,9 @@ class GrdNotebookClient(StartingClient):
                     self.stopper.cells_over()
                     left = self.stopper.grace_left
                     if left is not None and hasattr(self.provisioner, "exit_seconds"):
-                        # A thread may still be saving: twice, since SIGTERM comes at half of it.
-                        self.provisioner.exit_seconds = 2 * left
+                        # A thread may still be saving. Twice, since jupyter_client sends SIGTERM at half of
+                        # it, and a second more, so that the stopper ends what outlasts the grace.
+                        self.provisioner.exit_seconds = 2 * (left + 1)
             if not self.stopper.requested:
                 self._ask_for_language()
             self.set_widgets_metadata()

@@ -293,6 +293,8 @@ class Loop:
             kept = f"and the state could not be saved: {self._failure}"
         elif self.handler is None:
             kept = "nothing was saved, since the loop has no checkpoint_dir"
+        elif self._saved_at is None:
+            kept = "there was nothing new to save: resume to go on"
         else:
             kept = "the state is saved: resume to go on"
         raise ExperimentInterrupted(f"stopped {where} ({reason}); {kept}", reason=reason)

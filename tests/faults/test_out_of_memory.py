@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -165,4 +164,4 @@ def test_a_memory_error_is_the_notebooks_own(project: Project, cell: str) -> Non
     ended = project.grd("research", "run.ipynb", "--json")
     assert (ended.code, ended.json["cause"]) == (1, "notebook_error")
     assert "MemoryError" in ended.json["detail"]
-    assert os.path.exists(project.only_run() / "output.ipynb")
+    assert (project.only_run() / "output.ipynb").exists()
