@@ -359,7 +359,7 @@ def test_commands_options_and_notebooks_are_completed(shell: InteractiveShell, p
     (project.path / "train.txt").touch()
     assert completions(shell, "%grd re") == ["research", "resume", "result", "recover"]
     assert completions(shell, "x = %grd re") == ["research", "resume", "result", "recover"]
-    assert completions(shell, "%grd help res") == ["research", "resume", "result", "recover"]
+    assert completions(shell, "%grd help res") == ["research", "resume", "result"]
     assert completions(shell, "%grd config s") == ["show"]
     assert completions(shell, "%grd research tr") == ["train.ipynb"]
     assert completions(shell, "%grd research de") == ["deep/"]
