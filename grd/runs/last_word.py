@@ -31,7 +31,9 @@ def find(folder: RunFolder, record: RunRecord) -> RunRecord | None:
     """What the runner of ``record``, now gone, had to say of its end; None if nothing was kept."""
     with contextlib.suppress(OSError, ValueError, ConfigurationError):
         kept = RunRecord.from_dict(read_json(_place(folder)))
-        if (kept.run_id, kept.attempt, kept.runner) == (record.run_id, record.attempt, record.runner):
+        same_attempt = (kept.run_id, kept.attempt) == (record.run_id, record.attempt)
+        # The record has no runner yet where that found no room for its first word either.
+        if same_attempt and record.runner in (None, kept.runner):
             kept.folder = record.folder
             return kept
     return None

@@ -43,6 +43,8 @@ def _may_be_in_use(path: Path) -> bool:
 def sweep(folder: RunFolder) -> None:
     """Remove what `half_written` finds, unless somebody recovers the run just now. Never raises OSError."""
     with contextlib.suppress(OSError):
+        if not any(half_written(folder)):
+            return
         lock = take_lock(folder.recovery_lock)
         if lock is None:
             return

@@ -143,6 +143,7 @@ def _report(tally: Tally, seed: int, seconds: float, load_before: tuple[float, .
     rows = [
         ("seed", seed),
         ("kills", tally.kills),
+        ("processes killed", tally.processes),
         ("full disks", tally.fillings),
         ("runs started", tally.runs),
         ("runs completed with the equal result", tally.completed),

@@ -23,9 +23,9 @@ START_SECONDS = 90.0
 MOMENTS = {
     "command starting": 1,
     "kernel starting": 2,
-    "cell begun": 2,
+    "cell begun": 1,
     "saving": 3,
-    "between": 3,
+    "between": 4,
     "ending": 1,
 }
 """How often each moment is drawn."""
@@ -35,7 +35,7 @@ SPANS = {
     "kernel starting": (0.0, 2.0),
     "cell begun": (0.0, 0.5),
     "saving": (0.0, 0.02),
-    "between": (0.2, 5.0),
+    "between": (0.2, 6.0),
     "ending": (0.0, 0.4),
 }
 """Seconds from the event that a moment is named after."""
@@ -52,6 +52,7 @@ class Tally:
     """What was done and seen, over all lanes."""
 
     kills: int = 0
+    processes: int = 0
     fillings: int = 0
     runs: int = 0
     completed: int = 0
@@ -186,7 +187,7 @@ class Campaign:
             return not command.ended
         return bool(self.lane.cast(("runner", "command"))) and not self.is_over(folder)
 
-    def _has_begun(self, checker: Checker) -> bool:
+    def has_begun(self, checker: Checker) -> bool:
         """Whether the newest attempt's runner came to its work."""
         began = [e["attempt"] for e in checker.events() if e["kind"] == "state" and e["state"] == "running"]
         return bool(began) and began[-1] == checker.record["attempt"]

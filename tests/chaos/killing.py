@@ -33,6 +33,8 @@ class Plan:
     def draw(cls, dice: random.Random) -> Plan:
         moment, delay = draw_moment(dice)
         roles = [role for role in ROLES if dice.random() < 0.5] or [dice.choice(ROLES)]
+        if dice.random() < 0.2:
+            roles = list(ROLES)  # nobody is left to see to the rest: the next look must
         if moment == "command starting":
             roles = roles if dice.random() < 0.5 else []
         return cls(
@@ -45,72 +47,94 @@ class Plan:
         )
 
 
-class Killing(Campaign):
-    """One sequence of runs that are killed; ``take`` says whether another kill is wanted."""
+@dataclass(frozen=True)
+class Hit:
+    """A plan carried out: which roles of the attempt were killed so far, and when."""
 
-    # --- one run ---
+    plan: Plan
+    folder: Path | None
+    killed: frozenset[str]
+    at: float
+
+
+class Killing(Campaign):
+    """One sequence of kills: of a run, until it is completed."""
 
     def one_run(self) -> None:
         """Start a run and kill it until it is completed. Raises Violation."""
         folder: Path | None = None
-        old_temporaries: set[Path] = set()
         self.begin_run()
+        self.half_written: set[Path] = set()
+        self.hit_before: frozenset[str] = frozenset()
         while True:
             self.attempts_before = len(self.attempts(folder)) if folder is not None else 0
             command = self.start_command(folder)
-            killed: set[str] = set()
-            while True:
-                plan = Plan.draw(self.dice) if self.take() else None
-                if plan is None:
-                    self.await_completion(folder, command)
-                    return
-                folder, reached = self.await_moment(plan.moment, folder, command)
-                if reached:
-                    time.sleep(plan.delay)
-                struck = self._strike(plan)
-                at = time.time()
-                folder = folder or self.new_folder()
-                self._count(plan, struck)
-                killed |= {member.role for member in struck}
-                if killed - {"command"} or not self.goes_on(folder, command):
-                    break
-                self.say(f"{plan.moment:<17} hit {[m.role for m in struck]}: the run goes on")
+            hit = self._hit(folder, command)
+            if hit is None:
+                self.await_completion(folder, command)
+                return
+            folder = hit.folder
             if folder is None:
                 self._check_unborn()
                 folder = self.new_folder()  # it came after all: the command was not hit
-                if folder is None:
-                    self.say(f"{plan.moment:<17} +{plan.delay:.3f} no run came of it")
-                    continue
-            if plan.next_step == "resume" and killed - {"command"}:
+            if folder is None:
+                self.say(f"{hit.plan.moment:<17} +{hit.plan.delay:.3f} no run came of it")
+            elif hit.plan.next_step == "resume" and hit.killed - {"command"}:
                 # It must wait for what the kill has left: two kernels never train one run.
-                self.lost_from.setdefault(self.record(folder)["attempt"], at)
-                self.say(f"{plan.moment:<17} +{plan.delay:.3f} {'+'.join(sorted(killed))}: resumed at once")
-                continue
-            checker = Checker(folder, self.lane.printed)
-            try:
-                self._after_kill(checker, plan, killed, at, command)
-                left = checker.temporaries()
-                if checker.record["attempt"] > self.attempts_before and self._has_begun(checker):
-                    stays = sorted(p.name for p in left & old_temporaries)
-                    checker.expect(not stays, f"left behind after a resume: {stays}")
-                old_temporaries = left
-                checker.seen.temporaries += len(left)
-            except Violation as violation:
-                checker.problems.append(str(violation))
-            record = checker.record
-            roles = "+".join(sorted(killed))
-            self.say(
-                f"{folder.name[-4:]} attempt {record['attempt']:<2} {plan.moment:<17} +{plan.delay:.3f} "
-                f"{roles:<40} -> {record['state']} {record['cause'] or ''}"
-            )
-            with self.tally.lock:
-                self.tally.by_state[f"{record['state']} {record['cause'] or ''}".strip()] += 1
-                self.tally.seen.add(checker.seen)
-            if checker.problems:
-                raise Violation(f"{folder}: {plan}, struck {roles}: " + "; ".join(checker.problems))
-            if record["state"] == "completed":
+                self.lost_from.setdefault(self.record(folder)["attempt"], hit.at)
+                self.hit_before = hit.killed
+                self.say(f"{hit.plan.moment:<17} {'+'.join(sorted(hit.killed))}: resumed at once")
+            elif self._check(hit, folder, command) == "completed":
                 self.check_completed(folder)
                 return
+
+    def _hit(self, folder: Path | None, command: Command) -> Hit | None:
+        """Kill what was drawn, and again while the attempt goes on; None if no kill is wanted any more."""
+        killed: set[str] = set()
+        while self.take():
+            plan = Plan.draw(self.dice)
+            folder, reached = self.await_moment(plan.moment, folder, command)
+            if reached:
+                time.sleep(plan.delay)
+            struck = self._strike(plan)
+            at = time.time()
+            folder = folder or self.new_folder()
+            self._count(plan, struck)
+            killed |= {member.role for member in struck}
+            if killed - {"command"} or not self.goes_on(folder, command):
+                return Hit(plan, folder, frozenset(killed), at)
+            self.say(f"{plan.moment:<17} hit {[m.role for m in struck]}: the run goes on")
+        return None
+
+    def _check(self, hit: Hit, folder: Path, command: Command) -> str:
+        """Look at what a kill has left; returns the run's state. Raises Violation."""
+        checker = Checker(folder, self.lane.printed)
+        try:
+            killed = hit.killed
+            if checker.record["attempt"] == self.attempts_before:
+                killed |= self.hit_before  # the resume at once was refused: this is still the attempt before
+            self._after_kill(checker, hit.plan, killed, hit.at, command)
+            self.hit_before = frozenset()
+            left = checker.temporaries()
+            if checker.record["attempt"] > self.attempts_before and self.has_begun(checker):
+                stays = sorted(path.name for path in left & self.half_written)
+                checker.expect(not stays, f"left behind after a resume: {stays}")
+            self.half_written = left
+            checker.seen.temporaries += len(left)
+        except Violation as violation:
+            checker.problems.append(str(violation))
+        record = checker.record
+        roles, end = "+".join(sorted(hit.killed)), f"{record['state']} {record['cause'] or ''}".strip()
+        self.say(
+            f"{folder.name[-4:]} attempt {record['attempt']:<2} {hit.plan.moment:<17} "
+            f"+{hit.plan.delay:.3f} {roles:<40} -> {end}"
+        )
+        with self.tally.lock:
+            self.tally.by_state[end] += 1
+            self.tally.seen.add(checker.seen)
+        if checker.problems:
+            raise Violation(f"{folder}: {hit.plan}, struck {roles}: " + "; ".join(checker.problems))
+        return str(record["state"])
 
     def _count(self, plan: Plan, struck: list[Member]) -> None:
         if not struck:
@@ -118,6 +142,7 @@ class Killing(Campaign):
             return
         with self.tally.lock:
             self.tally.kills += 1
+            self.tally.processes += len(struck)
             self.tally.by_moment[plan.moment] += 1
             self.tally.by_target["+".join(sorted({m.role for m in struck}))] += 1
 
@@ -137,7 +162,7 @@ class Killing(Campaign):
         self.tally.unborn += 1
 
     def _after_kill(
-        self, checker: Checker, plan: Plan, killed: set[str], at: float, command: Command
+        self, checker: Checker, plan: Plan, killed: frozenset[str], at: float, command: Command
     ) -> None:
         folder = checker.folder
         checker.files()
@@ -157,14 +182,16 @@ class Killing(Campaign):
         if "command" not in killed:
             code = command.finish()
             self.lane.expect_no_traceback(command)
-            checker.expect(code in (0, 75, 69), f"{command.words[0]} exits {code}: {command.said[-500:]}")
+            # 2: resumed at once, after a kill that came too late to keep it from its end
+            expected = (0, 75, 69) if checker.record["state"] != "completed" else (0, 2)
+            checker.expect(code in expected, f"{command.words[0]} exits {code}: {command.said[-500:]}")
         self._look(checker, killed, at)
 
-    def _await_end(self, checker: Checker, killed: set[str]) -> None:
+    def _await_end(self, checker: Checker, killed: frozenset[str]) -> None:
         """The kernel and what it started end within the grace and 2 s; the runner once it has told."""
         limit = AFTER_GRACE_SECONDS + (GRACE_SECONDS if "runner" in killed else 0.0)
         trained = ("kernel", "child", "guardian", "watcher")
-        if "command" in killed and "runner" not in killed and killed == {"command"}:
+        if killed == {"command"}:
             return  # nothing of the run was hit
         began = time.monotonic()
         gone = wait_for(lambda: not self.lane.cast(trained), limit + 20.0)
@@ -179,7 +206,7 @@ class Killing(Campaign):
         if not wait_for(lambda: not self.lane.cast(("runner",)), 60.0):
             checker.problems.append("the runner is still there 60 s after its kernel's end")
 
-    def _look(self, checker: Checker, killed: set[str], at: float) -> None:
+    def _look(self, checker: Checker, killed: frozenset[str], at: float) -> None:
         looking = time.monotonic()
         status = self.lane.grd("status", checker.folder.name, "--json")
         checker.expect(status.code == 0, f"status exits {status.code}: {status.said[-300:]}")

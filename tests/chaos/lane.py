@@ -157,7 +157,7 @@ class Lane:
             (path / name).mkdir()
         environment = {k: v for k, v in os.environ.items() if not k.startswith("GRD_")}
         environment |= {
-            "GRD_STATE_DIR": str(path / "state"),
+            "GRD_STATE_DIR": str(path.parent / "state"),  # shared, as by the projects of a user
             "XDG_CONFIG_HOME": str(path / "config"),
             "IPYTHONDIR": str(path / "ipython"),
             LANE_VARIABLE: str(path),
