@@ -16,6 +16,7 @@ _PUBLIC = {
     "list_runs": "grd.steps.run",
     "research": "grd.steps.researcher",
     "resume": "grd.steps.researcher",
+    "run_with_timeout": "grd.execution.command",
     "status": "grd.steps.run",
 }
 
@@ -29,11 +30,13 @@ __all__ = [
     "list_runs",
     "research",
     "resume",
+    "run_with_timeout",
     "status",
 ]
 
 if TYPE_CHECKING:
     from grd.errors import GrdError
+    from grd.execution.command import run_with_timeout
     from grd.steps.awaiting import aresearch, aresume
     from grd.steps.explorer import explore
     from grd.steps.researcher import research, resume

@@ -9,7 +9,8 @@ GrdError
 │   └── RunNotFound
 ├── ResourceUnavailable         something the machine should have and has not
 │   ├── KernelUnavailable
-│   └── RunBusy                 another process holds the run's lock
+│   ├── RunBusy                 another process holds the run's lock
+│   └── NotebookBusy            another process is executing into this notebook
 ├── ApprovalRequired            nobody agreed to this
 ├── ConfigurationError          a settings file or GRD_* variable is wrong
 ├── ReportError                 a report file cannot be edited without damage
@@ -21,6 +22,7 @@ GrdError
 
 ExperimentInterrupted (Exception)     raised in a notebook after a stop request was honoured
 ApprovalDeclined (TimeoutError)       raised by ``experiment_context`` when the answer was no
+CommandTimedOut (TimeoutError)        raised by ``run_with_timeout``, with the output so far
 
 Every message is one line that says what happened, to what, and what to type next. Exit codes belong to
 ``interfaces/cli/exit_codes.py``.
@@ -67,6 +69,10 @@ class KernelUnavailable(ResourceUnavailable):
 
 class RunBusy(ResourceUnavailable):
     """Another process is executing this run."""
+
+
+class NotebookBusy(ResourceUnavailable):
+    """Another process is executing into this notebook, outside of any run."""
 
 
 class ApprovalRequired(GrdError):
@@ -116,3 +122,12 @@ class ExperimentInterrupted(Exception):
 
 class ApprovalDeclined(TimeoutError):
     """A long-running experiment was declined."""
+
+
+class CommandTimedOut(TimeoutError):
+    """A command was ended because its time was up; ``stdout`` and ``stderr`` are its output so far."""
+
+    def __init__(self, message: str = "Command timed out", *, stdout: str = "", stderr: str = "") -> None:
+        super().__init__(message)
+        self.stdout = stdout
+        self.stderr = stderr

@@ -91,35 +91,33 @@ class JsonLines:
 
     Each record is a single write() to an O_APPEND descriptor, so that lines of several writers never mix.
     A torn last line (a writer died in mid-write, a disk filled up) is ended first, so that it spoils
-    nothing but itself.
+    nothing but itself; another writer's too, whenever it died.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        size = os.fstat(self._fd).st_size
-        self._torn = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one record. Raises OSError, and ValueError for what JSON cannot hold."""
         line = json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str)
         data = line.encode("utf-8", "backslashreplace") + b"\n"
-        if self._torn:
+        if self._ends_torn():
             data = b"\n" + data
-        self._torn = True  # until the whole line is known to be there
         written = os.write(self._fd, data)
         if written != len(data):
             raise OSError(errno.ENOSPC, "the line was written in part", str(self.path))
-        self._torn = False
 
     def append_bytes(self, lines: bytes | bytearray) -> None:
         """Write whole, newline-terminated lines that were encoded before. Raises OSError."""
-        data = b"\n" + lines if self._torn else lines
-        self._torn = True
-        view = memoryview(data)
+        view = memoryview(b"\n" + lines if self._ends_torn() else lines)
         while view:
             view = view[os.write(self._fd, view) :]
-        self._torn = False
+
+    def _ends_torn(self) -> bool:
+        # Of a line that another writer is just now writing too: the empty line that makes is no record.
+        size = os.fstat(self._fd).st_size
+        return size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
 
     def sync(self) -> None:
         """fsync what was appended."""

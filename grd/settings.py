@@ -20,13 +20,16 @@ from grd.errors import ConfigurationError
 
 _DURATION_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+LONGEST_DURATION_SECONDS = 10 * 365.25 * 86400.0
+"""Longer than any run, and short enough for every clock and date it is added to."""
+
 _SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def parse_duration(text: str | float) -> float:
     """Seconds in ``text``: a number (seconds) or parts such as ``90s``, ``30m``, ``4h``, ``1d``, ``1h30m``.
 
-    Raises ValueError unless the result is finite and above zero.
+    Raises ValueError unless the result is above zero and at most ten years.
     """
     if isinstance(text, bool):
         raise ValueError(f"{text!r} is no duration")
@@ -40,8 +43,10 @@ def parse_duration(text: str | float) -> float:
             if not cleaned or _DURATION.sub("", cleaned):
                 raise ValueError(f"{text!r} is no duration; write 90s, 30m, 4h, 1h30m or seconds") from None
             seconds = sum(float(n) * _DURATION_UNITS[unit] for n, unit in _DURATION.findall(cleaned))
-    if not math.isfinite(seconds) or seconds <= 0:
+    if math.isnan(seconds) or seconds <= 0:
         raise ValueError(f"{text!r} is no duration above zero")
+    if seconds > LONGEST_DURATION_SECONDS:
+        raise ValueError(f"{text!r} is longer than ten years")
     return seconds
 
 

@@ -12,18 +12,22 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import nbformat
 import psutil
 import pytest
 
+from grd.files import read_json_lines
+
 LIMIT_SECONDS = 120.0
 """Generous: CI has two busy cores. Waiting ends on the event, not on the clock."""
 
 
-def wait_until(condition: Callable[[], Any], what: str, limit: float = LIMIT_SECONDS) -> Any:
-    """The first true value of ``condition``; fails the test after ``limit`` seconds."""
+def wait_until(
+    condition: Callable[[], Any], what: str, limit: float = LIMIT_SECONDS, *, pause: float = 0.05
+) -> Any:
+    """The first true value of ``condition``, looked at every ``pause`` seconds; fails after ``limit``."""
     give_up = time.monotonic() + limit
     while True:
         value = condition()
@@ -31,7 +35,14 @@ def wait_until(condition: Callable[[], Any], what: str, limit: float = LIMIT_SEC
             return value
         if time.monotonic() > give_up:
             pytest.fail(f"waited {limit:.0f} s in vain: {what}")
-        time.sleep(0.05)
+        time.sleep(pause)
+
+
+def cannot_be_had(what: str) -> NoReturn:
+    """Skip a test whose fault this machine cannot have; a failure where GRD_REQUIRE_FAULTS=1 demands it."""
+    if os.environ.get("GRD_REQUIRE_FAULTS") == "1":
+        pytest.fail(f"GRD_REQUIRE_FAULTS=1, but {what}")
+    pytest.skip(what)
 
 
 def write_notebook(
@@ -86,10 +97,16 @@ class Project:
         """Write a notebook into the project."""
         return write_notebook(self.path / name, *cells, **options)
 
-    def start(self, *arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-        """Start ``grd ARGUMENTS`` in a session of its own."""
+    def start(
+        self, *arguments: str | Path, env: dict[str, str] | None = None, cgroup: Path | None = None
+    ) -> subprocess.Popen[str]:
+        """Start ``grd ARGUMENTS`` in a session of its own, and in ``cgroup``."""
+        command = [sys.executable, "-m", "grd", *map(str, arguments)]
+        if cgroup is not None:
+            # The shell enters before grd exists, so that no process of the run is ever outside.
+            command = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(cgroup / "cgroup.procs"), *command]
         process = subprocess.Popen(
-            [sys.executable, "-m", "grd", *map(str, arguments)],
+            command,
             cwd=self.path,
             env={**self.environment, **(env or {})},
             stdin=subprocess.DEVNULL,
@@ -138,9 +155,7 @@ class Project:
         path = (run or self.only_run()) / "events.jsonl"
         if not path.exists():
             return []
-        return [
-            json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")
-        ]
+        return [event for _, event in read_json_lines(path)]
 
     def wait_for_event(self, kind: str, run: Path | None = None, **values: Any) -> dict[str, Any]:
         """The first event of ``kind`` whose fields have ``values``."""

@@ -159,6 +159,60 @@ def test_during_a_save_the_second_ctrl_c_waits_too() -> None:
     assert reached
 
 
+def test_a_save_that_nobody_watches_over_is_not_cut_either_and_the_signal_comes_after_it(
+    tmp_path: Path,
+) -> None:
+    handler = CheckpointHandler(tmp_path, install_signal_handlers=False)
+
+    class Model:
+        def state_dict(self) -> dict[str, int]:
+            signal.raise_signal(signal.SIGINT)
+            return {"n": 1}
+
+    with pytest.raises(KeyboardInterrupt):
+        handler.save_checkpoint(0, Model())
+    loaded = handler.load_checkpoint()
+    assert loaded is not None and loaded["model_state"] == {"n": 1}
+
+
+def test_a_stop_while_the_epoch_is_saved_ends_the_loop_and_saves_no_second_time(tmp_path: Path) -> None:
+    handler = CheckpointHandler(tmp_path, install_signal_handlers=False)
+    saved: list[int] = []
+
+    class Model:
+        def state_dict(self) -> dict[str, int]:
+            saved.append(len(saved))
+            signal.raise_signal(signal.SIGTERM)
+            return {}
+
+    experiment = GracefulExperiment(handler)
+    with pytest.raises(ExperimentInterrupted):
+        experiment.run(lambda epoch: 0.0, 20, model=Model())
+    assert (saved, experiment.current_epoch) == ([0], 4)
+
+
+def test_a_process_that_ends_waits_for_a_save_in_a_daemon_thread(tmp_path: Path) -> None:
+    script = Script(
+        f"""
+        import threading, time
+        from grd.experiment import CheckpointHandler
+        began = threading.Event()
+        class Model:
+            def state_dict(self):
+                began.set()
+                time.sleep(1)
+                return {{}}
+        handler = CheckpointHandler({str(tmp_path)!r})
+        handler.save_checkpoint(0)  # nothing can be imported any more once the interpreter ends
+        threading.Thread(target=lambda: handler.save_checkpoint(1, Model()), daemon=True).start()
+        began.wait()
+        """
+    )
+    assert script.end()[0] == 0
+    reader = CheckpointHandler(tmp_path, install_signal_handlers=False)
+    assert reader.get_resumability_hints()["latest_epoch"] == 1
+
+
 def test_a_signal_nobody_honoured_is_delivered_after_the_block() -> None:
     with pytest.raises(KeyboardInterrupt):
         with armed():

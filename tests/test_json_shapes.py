@@ -75,6 +75,21 @@ def test_every_command_prints_the_documented_fields(project: Project) -> None:
         assert event["kind"] == "note" or f"`{event['kind']}` (" in PAGE.read_text()
 
 
+def test_the_commands_for_other_tools_print_the_documented_fields(project: Project, tmp_path: Path) -> None:
+    notebook = project.notebook("plain.ipynb", "1")
+    check(project.grd("recover", notebook, "--json").json, "grd.recover/1")
+    project.environment |= {"JUPYTER_PATH": str(tmp_path / "share" / "jupyter")}
+    place = ("--prefix", tmp_path, "--json")
+    check(project.grd("kernelspec", "install", *place).json, "grd.kernelspec-install/1")
+    listed = project.grd("kernelspec", "list", "--json").json
+    check(listed, "grd.kernelspec-list/1")
+    fields = {"name", "display_name", "folder", "python", "problem"}
+    assert [set(each) for each in listed["kernelspecs"] if each["folder"].startswith(str(tmp_path))] == [
+        fields
+    ]
+    check(project.grd("kernelspec", "remove", *place).json, "grd.kernelspec-remove/1")
+
+
 def test_explore_prints_the_documented_fields(project: Project) -> None:
     explored = project.grd("explore", "--json")
     if explored.code != 0:

@@ -54,6 +54,24 @@ def test_output_that_comes_faster_than_it_is_read_is_all_kept(project: Project) 
     assert text_of(after) == "after\n"
 
 
+def test_output_that_comes_long_after_the_cells_reply_takes_none_from_the_next_cell(project: Project) -> None:
+    held_back = (
+        "import time\n"
+        "kernel = get_ipython().kernel\n"
+        "send = kernel.session.send\n"
+        "def hold_back(stream, message, *rest, **more):\n"
+        "    if message == 'execute_reply':\n"
+        "        kernel.session.send = send\n"
+        "        kernel.iopub_thread.schedule(lambda: time.sleep(7))\n"
+        "    return send(stream, message, *rest, **more)\n"
+        "kernel.session.send = hold_back\n"
+        "print('late')"
+    )
+    late, after = run(project, held_back, "print('after')")
+    assert text_of(late) == "late\n"
+    assert text_of(after) == "after\n"
+
+
 def test_a_kernel_that_drops_output_does_not_hang_the_run_and_the_loss_is_told(project: Project) -> None:
     project.notebook(
         "printing.ipynb",
@@ -116,8 +134,10 @@ def test_the_limit_is_told_as_a_warning_of_the_run(project: Project) -> None:
 def test_a_limit_that_is_no_size_is_an_error_before_anything_starts(project: Project) -> None:
     project.notebook("printing.ipynb", "print('x')")
     ended = project.grd("research", "printing.ipynb", "--max-output", "many")
-    assert ended.code == 78, ended.err
+    assert ended.code == 2, ended.err
     assert "many" in ended.err and "Traceback" not in ended.err
+    setting = project.grd("research", "printing.ipynb", env={"GRD_MAX_OUTPUT": "many"})
+    assert setting.code == 78 and "GRD_MAX_OUTPUT" in setting.err
     assert not (project.path / "experiments").exists()
 
 
@@ -143,3 +163,21 @@ def test_the_journal_of_endless_output_does_not_grow_without_end(project: Projec
     folder = project.path / "experiments" / json.loads(ended.out)["run_id"]
     files = [file for file in folder.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 10_000_000
+
+
+def test_a_stream_that_a_snapshot_cut_in_two_is_whole_when_the_runner_is_killed(project: Project) -> None:
+    project.notebook(
+        "printing.ipynb",
+        "import os, signal, time, psutil\n"
+        "for number in range(300): print(number, 'x' * 500, flush=True)\n"
+        "time.sleep(2)\n"
+        "for number in range(300, 320): print(number, flush=True)\n"
+        "time.sleep(2)\n"
+        "runner = psutil.Process()\n"
+        "while 'grd.execution.runner' not in runner.cmdline(): runner = runner.parent()\n"
+        "runner.kill()\n"
+        "time.sleep(600)",
+    )
+    assert project.grd("research", "printing.ipynb", "--grace", "1s").code == 75
+    (outputs,) = outputs_of(project, project.only_run().name)
+    assert [line.split()[0] for line in text_of(outputs).splitlines()] == [str(n) for n in range(320)]

@@ -265,6 +265,25 @@ def test_config_show_tells_where_each_setting_comes_from_in_the_order_of_precede
     assert ran.json["grace"] == 15.0
 
 
+@pytest.mark.parametrize("grace", ["0", "-5", "nan", "inf", "1e300", "4000d", "soon"])
+def test_a_grace_that_cannot_be_used_is_an_error_before_anything_starts(project: Project, grace: str) -> None:
+    project.notebook("one.ipynb", "1")
+    typed = project.grd("research", "one.ipynb", "--grace", grace)
+    assert (typed.code, len(typed.err.splitlines())) == (2, 1)
+    assert "--grace" in typed.err and grace in typed.err
+    setting = project.grd("research", "one.ipynb", env={"GRD_GRACE": grace})
+    assert (setting.code, len(setting.err.splitlines())) == (78, 1)
+    assert "GRD_GRACE" in setting.err
+    assert not project.runs_dir.exists()
+
+
+def test_a_limit_of_months_and_a_grace_longer_than_the_limit_are_limits_like_others(project: Project) -> None:
+    project.notebook("one.ipynb", "1")
+    for limits in (("--timeout", "60d"), ("--timeout", "5m", "--grace", "10m")):
+        ran = project.grd("research", "one.ipynb", *limits, "--json")
+        assert (ran.code, ran.json["state"]) == (0, "completed"), ran.err
+
+
 @pytest.mark.parametrize("text", ["grace = 'never'\n", "grcae = 5\n", "grace = [\n"])
 def test_a_setting_that_cannot_be_used_is_exit_78_with_its_place(project: Project, text: str) -> None:
     (project.path / "grd.toml").write_text(text)

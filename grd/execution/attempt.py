@@ -24,8 +24,9 @@ from papermill.utils import remove_args
 
 from grd import contract
 from grd.errors import ConfigurationError
-from grd.execution import guarded_kernel, local_files
-from grd.execution.client import GrdNotebookClient, ManagedNotebook, journal_beside
+from grd.execution import guarded_kernel, kernel_start, local_files, remote_files, unfinished
+from grd.execution.client import GrdNotebookClient, ManagedNotebook
+from grd.execution.out_of_memory import OomWatch, Verdict
 from grd.execution.outcome import CellError, Outcome, Seen, judge, storage_cause
 from grd.execution.output_limit import OutputLimit, readable_size
 from grd.execution.saving import NotebookSaver
@@ -36,6 +37,8 @@ from grd.settings import parse_duration, parse_size
 
 Number = TypeVar("Number", int, float)
 
+CONFIGURATION = ("timeout", "grace", "max_output")
+
 
 class NotebookInterrupted(PapermillException):
     """The execution was stopped; the outputs so far are saved. ``outcome`` says by what."""
@@ -44,6 +47,9 @@ class NotebookInterrupted(PapermillException):
         because = f"{outcome.cause}" + (f": {outcome.detail}" if outcome.detail else "")
         super().__init__(f"the notebook was interrupted ({because}); its outputs so far are saved")
         self.outcome = outcome
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.outcome,)  # pools and task queues hand exceptions on as pickles
 
 
 @dataclass
@@ -57,7 +63,10 @@ class AttemptContext:
     """Told the identities of kernel, guardian and watcher at their start, and an empty dict at the end."""
     on_cell: Callable[[int, str, int], object] | None = None
     on_warning: Callable[[str], object] | None = None
+    kernel_log: Path | None = None
+    """The file that stderr of this process is, where a kernel shares it."""
     max_output: int = contract.DEFAULT_MAX_OUTPUT_BYTES
+    oom: OomWatch | None = None
     outcome: Outcome | None = None
     notebook: Any = None
     """The executed NotebookNode, for a caller that papermill raises past."""
@@ -80,23 +89,66 @@ def execute_for_papermill(
     """What papermill calls through the engine. See `GrdEngine`."""
     local_files.install()
     managed = ManagedNotebook(nb, output_path=output_path, progress_bar=progress_bar, log_output=log_output)
+    destination = output_path
+    if output_path is None and "input_path" in kwargs:
+        # --no-request-save-on-cell-execute, or "-": papermill writes at the end, but not once we raise.
+        destination = nb.metadata.get("papermill", {}).get("output_path")
     own = grd_context is None
     context = grd_context or _context_for_papermill(nb, output_path, grd_timeout, grd_grace, grd_max_output)
+    claimed = _claim_output(output_path) if own else None
     if own:
         context.stopper.start()
     try:
-        error = _execute(managed, kernel_name, context, log_output=log_output, **kwargs)
+        ending = _execute(managed, kernel_name, context, own, log_output=log_output, **kwargs)
     finally:
         if own:
             context.stopper.close()
-    outcome = context.outcome
-    if own and context.stopper.reason == contract.SIGINT:
-        raise KeyboardInterrupt  # papermill's command line turns it into its own "Aborted!"
-    if error is not None:
-        raise error
-    if outcome is not None and outcome.state == contract.INTERRUPTED:
-        raise NotebookInterrupted(outcome)
+        if claimed is not None:
+            claimed.release()
+    if managed.saver is None or managed.elsewhere:
+        papermill_writes = ending is None and "input_path" in kwargs
+        if not papermill_writes:
+            _write_elsewhere(managed.nb, destination, ending)
+    if ending is not None:
+        raise ending
     return managed.nb
+
+
+def _write_elsewhere(nb: Any, destination: str | None, ending: BaseException | None) -> None:
+    """The last write to a store or stream, where papermill makes none. An ``ending`` is never hidden."""
+    if destination is None:
+        return
+    try:
+        write_ipynb(nb, destination)
+    except Exception as error:
+        if ending is None:
+            raise
+        logger.error(f"the notebook could not be written to {destination}: {_first_line(error)}")
+
+
+def _claim_output(output_path: str | None) -> unfinished.Claim | None:
+    """Keep others from writing the same output, and keep what an execution that was killed has left there.
+
+    Raises NotebookBusy, and OSError if what was left cannot be kept.
+    """
+    target = local_files.local_target(output_path)
+    if target is None:
+        return None
+    try:
+        claimed = unfinished.claim(target)
+    except OSError:
+        return None  # whether the output can be written there is found out, and said, by its first write
+    try:
+        left = unfinished.keep_previous(target, claimed.previous)
+    except BaseException:
+        claimed.release()
+        raise
+    if left is not None:
+        kept, found = left
+        logger.warning(
+            f"{target} was left by an execution that was killed: its {found.outputs} outputs are in {kept}"
+        )
+    return claimed
 
 
 def _context_for_papermill(
@@ -106,7 +158,8 @@ def _context_for_papermill(
     grace: float | str | None,
     max_output: int | str | None,
 ) -> AttemptContext:
-    metadata = nb.metadata.get("grd", {})
+    metadata = {k: v for k, v in nb.metadata.get("grd", {}).items() if k in CONFIGURATION}
+    nb.metadata["grd"] = metadata  # the rest says how an earlier execution of this document ended
     deadline = _first(parse_duration, "timeout", timeout, metadata)
     grace_seconds = _first(parse_duration, "grace", grace, metadata)
     output_bytes = _first(parse_size, "max_output", max_output, metadata)
@@ -118,7 +171,7 @@ def _context_for_papermill(
         signals=(signal.SIGTERM, signal.SIGINT),
     )
     target = local_files.local_target(output_path)
-    journal = journal_beside(target) if target is not None else Path(os.devnull)
+    journal = unfinished.journal_beside(target) if target is not None else Path(os.devnull)
     environment = {
         contract.ENV_MARKER: f"papermill-{os.getpid()}-{secrets.token_hex(4)}",
         contract.ENV_KERNEL_GRACE: repr(stopper.grace),
@@ -147,7 +200,7 @@ def _first(
 
 
 def _execute(
-    managed: ManagedNotebook, kernel_name: str, context: AttemptContext, **kwargs: Any
+    managed: ManagedNotebook, kernel_name: str, context: AttemptContext, own: bool, **kwargs: Any
 ) -> BaseException | None:
     """Run the cells and save; the exception that papermill's caller should see, if any."""
     stopper = context.stopper
@@ -158,6 +211,7 @@ def _execute(
     managed.on_cell = context.on_cell
     client = _make_client(managed, kernel_name, context, **kwargs)
     client.on_kernel = lambda provisioner: _kernel_started(provisioner, context)
+    client.on_warning = lambda message: _warn(message, context)
     seen = Seen(all_cells_ran=False)
     error: BaseException | None = None
     try:
@@ -177,11 +231,12 @@ def _execute(
                 seen = replace(seen, cell_timeout=_first_line(failure))
         else:
             error = failure
-            seen = replace(seen, kernel_start_error=_first_line(failure))
+            seen = replace(seen, kernel_start_error=kernel_start.describe(failure))
     finally:
         if getattr(client.popen, "ended_by", None) == contract.DEADLINE:
             stopper.request_deadline()  # the guardian kept it, since this process stood still
         _end_processes(client)
+        client.kernel_has_ended()
         if context.on_kernel is not None:
             context.on_kernel({})
     seen = replace(
@@ -191,23 +246,34 @@ def _execute(
         killed=stopper.killed,
         killed_at_once=stopper.killed_at_once,
         cell_error=_cell_error(client),
+        cell_timeout=seen.cell_timeout or _interrupted_for_its_timeout(client),
         kernel_returncode=client.popen.poll() if client.popen is not None else None,
         stopped_in_cell=client.current_cell,
         guardian_lost=getattr(client.popen, "ended_by", None) == guarded_kernel.LOST,
+        grace=stopper.grace,
+        killed_at_exit=stopper.killed_at_exit,
     )
+    seen = replace(seen, oom=_why_killed(seen, context))
     _warn_of_missing_output(client, context)
     context.outcome = _finish(managed, saver, seen, stopper)
-    if context.outcome.state == contract.INTERRUPTED and not seen.kernel_died:
-        return None if not isinstance(error, KeyboardInterrupt) else error
-    if seen.stop_reason is not None:
-        return None
-    return error
+    if own and stopper.reason == contract.SIGINT:
+        return KeyboardInterrupt()  # papermill's command line turns it into its own "Aborted!"
+    if isinstance(error, KeyboardInterrupt) or (seen.kernel_died and seen.stop_reason is None):
+        return error
+    if context.outcome.state != contract.INTERRUPTED:
+        return error
+    if own and seen.stop_reason is None and seen.cell_error and seen.cell_error.name == "KeyboardInterrupt":
+        return None  # the cell raised it, and nobody asked for it: papermill judges it as any other error
+    return NotebookInterrupted(context.outcome)
 
 
 def _start_saver(managed: ManagedNotebook, context: AttemptContext) -> NotebookSaver | None:
     target = local_files.local_target(managed.output_path)
     if target is None:
-        return None
+        if managed.output_path is not None and local_files.is_remote(managed.output_path):
+            managed.elsewhere = True
+            managed.saver = remote_files.keep(managed.nb, managed.output_path)
+        return managed.saver
     if not target.parent.is_dir():
         raise FileNotFoundError(f"output folder {target.parent} doesn't exist.")
     # The writer's own copy; outputs are shared with the client's document, everything else is not.
@@ -241,6 +307,7 @@ def _make_client(
         OutputLimit(context.max_output),
         timeout=execution_timeout if execution_timeout else kwargs.get("timeout"),
         startup_timeout=start_timeout,
+        kernel_log=context.kernel_log,
         kernel_name=kernel_name,
         log=logger,
         log_output=log_output,
@@ -255,9 +322,13 @@ def _kernel_started(provisioner: Any, context: AttemptContext) -> None:
     pid = getattr(process, "pid", None)
     if context.on_kernel is not None and pid is not None:
         guardians = dict(zip(("guardian", "watcher"), getattr(process, "guardians", ()), strict=False))
-        context.on_kernel({"kernel": identity(pid), **guardians})
+        kernel = identity(pid)
+        if getattr(process, "started", None) is not None:
+            kernel["started"] = process.started  # as its parent saw it: it may have ended since
+        context.on_kernel({"kernel": kernel, **guardians})
     if pid is None or not hasattr(provisioner, "kill_tree"):
         return
+    context.oom = OomWatch(pid, provisioner.marker or "")
 
     def send(signum: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -291,6 +362,17 @@ def _end_processes(client: GrdNotebookClient) -> None:
         client.provisioner.kill_tree()
 
 
+def _why_killed(seen: Seen, context: AttemptContext) -> Verdict | None:
+    """What a SIGKILL was for that nobody of grd has sent."""
+    if context.oom is None:
+        return None
+    context.oom.close()
+    sent = seen.killed or seen.killed_at_exit or seen.guardian_lost
+    if not seen.kernel_died or sent or seen.kernel_returncode != -signal.SIGKILL:
+        return None
+    return context.oom.verdict()
+
+
 def _warn_of_missing_output(client: GrdNotebookClient, context: AttemptContext) -> None:
     warnings = []
     if client.lost_output:
@@ -299,13 +381,24 @@ def _warn_of_missing_output(client: GrdNotebookClient, context: AttemptContext) 
         limit = readable_size(context.max_output)
         warnings.append(f"the notebook keeps the first and the last of {limit} of output: --max-output")
     for warning in warnings:
-        logger.warning(warning)
-        if context.on_warning is not None:
-            context.on_warning(warning)
+        _warn(warning, context)
+
+
+def _warn(message: str, context: AttemptContext) -> None:
+    logger.warning(message)
+    if context.on_warning is not None:
+        context.on_warning(message)
 
 
 def _has_ended(client: GrdNotebookClient) -> bool:
     return client.popen is not None and client.popen.poll() is not None
+
+
+def _interrupted_for_its_timeout(client: GrdNotebookClient) -> str | None:
+    """With nbclient's ``interrupt_on_timeout`` a cell's time limit ends in an error of the cell."""
+    if client.timed_out is None or client.cell_error is None:
+        return None
+    return f"cell {client.current_cell} was interrupted: it ran longer than {client.timed_out} s"
 
 
 def _cell_error(client: GrdNotebookClient) -> CellError | None:
@@ -334,10 +427,9 @@ def _finish(managed: ManagedNotebook, saver: NotebookSaver | None, seen: Seen, s
         if saver is not None:
             saver.close()
             saver.discard_journal()
-        elif managed.output_path is not None and outcome.state == contract.INTERRUPTED:
-            write_ipynb(managed.nb, managed.output_path)  # papermill itself writes the other ends
     except OSError as error:
-        outcome = judge(replace(seen, storage_error=error))
+        if not managed.elsewhere:
+            outcome = judge(replace(seen, storage_error=error))
     return replace(
         outcome,
         stop=stopper.record.to_dict() if stopper.record is not None else None,

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import asyncio
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from jupyter_client.utils import ensure_async
-from nbclient.exceptions import CellExecutionComplete, CellExecutionError
+from nbclient.exceptions import CellExecutionComplete, CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
-from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NotebookExecutionManager
 
 from grd.execution import provisioner
@@ -21,6 +19,7 @@ from grd.execution.kernel_messages import PromptKernelClient, UnlimitedKernelCli
 from grd.execution.notebooks import kernel_specs
 from grd.execution.output_limit import Omission, OutputLimit, output_size
 from grd.execution.saving import NotebookSaver
+from grd.execution.starting import StartingClient
 from grd.execution.stopping import Stopper
 from grd.runs import notebook_journal as journal
 
@@ -39,6 +38,8 @@ class ManagedNotebook(NotebookExecutionManager):
     """papermill's bookkeeping of cell states, journalled instead of rewritten, and true at every end."""
 
     saver: NotebookSaver | None = None
+    elsewhere = False
+    """The output goes to a store, and what the saver writes is a copy of it."""
     on_cell: Any = None
 
     def save(self, **kwargs: Any) -> None:
@@ -114,23 +115,21 @@ class _RestOfOutput:
         return self._client.rest_of_output(self._task).__await__()
 
 
-class GrdNotebookClient(PapermillNotebookClient):
+class GrdNotebookClient(StartingClient):
     """Executes the cells; stops between cells once asked, and never starts a cell after that."""
 
     def __init__(self, managed: ManagedNotebook, stopper: Stopper, limit: OutputLimit, **kwargs: Any) -> None:
         kwargs.setdefault("iopub_timeout", IOPUB_TIMEOUT_SECONDS)
-        super().__init__(managed, **kwargs)
+        super().__init__(managed, stopper, **kwargs)
         self.managed = managed
-        self.stopper = stopper
         self.limit = limit
         self.lost_output = False
         self._questions: set[str] = set()
-        self.provisioner: Any = None
-        self.popen: Any = None
         self.ran_all = False
         self.cell_error: CellExecutionError | None = None
         self.current_cell: int | None = None
-        self.on_kernel: Any = None
+        self.timed_out: int | None = None
+        """The time limit in seconds that the current cell has reached."""
 
     def create_kernel_manager(self) -> Any:
         """Name our provisioner in the loaded spec, in memory, unless the spec has a remote one of its own."""
@@ -145,14 +144,6 @@ class GrdNotebookClient(PapermillNotebookClient):
         manager.client_factory = PromptKernelClient if waits else UnlimitedKernelClient
         return manager
 
-    def start_new_kernel(self, **kwargs: Any) -> None:
-        """Start the kernel and remember its process: the kernel manager forgets it at the end."""
-        super().start_new_kernel(**kwargs)
-        self.provisioner = self.km.provisioner
-        self.popen = getattr(self.provisioner, "process", None)
-        if self.on_kernel is not None:
-            self.on_kernel(self.provisioner)
-
     def execute(self, **kwargs: Any) -> Any:
         """Start the kernel, run the cells, note what only the kernel knows, shut it down."""
         self.reset_execution_trackers()
@@ -163,16 +154,30 @@ class GrdNotebookClient(PapermillNotebookClient):
             finally:
                 if self.popen is None or self.popen.poll() is None:
                     self.stopper.cells_over()
+                    left = self.stopper.grace_left
+                    if left is not None and hasattr(self.provisioner, "exit_seconds"):
+                        # A thread may still be saving. Twice, since jupyter_client sends SIGTERM at half of
+                        # it, and a second more, so that the stopper ends what outlasts the grace.
+                        self.provisioner.exit_seconds = 2 * (left + 1)
             if not self.stopper.requested:
-                info = self.wait_for_reply(self.kc.kernel_info())
-                if info is not None:
-                    self.nb.metadata["language_info"] = info["content"]["language_info"]
+                self._ask_for_language()
             self.set_widgets_metadata()
         kept = {
             name: self.nb.metadata[name] for name in ("language_info", "widgets") if name in self.nb.metadata
         }
         self.managed.put({"op": journal.WIDGETS, "metadata": kept})
         return self.nb
+
+    def _ask_for_language(self) -> None:
+        """Note what the kernel says of its language. Raises DeadKernelError, unless its work was done."""
+        try:
+            info = self.wait_for_reply(self.kc.kernel_info())
+        except DeadKernelError:
+            if self.ran_all and self.popen is not None and self.popen.poll() == 0:
+                return  # the last cell called exit(): papermill fails or not, whichever is faster
+            raise
+        if info is not None:
+            self.nb.metadata["language_info"] = info["content"]["language_info"]
 
     def papermill_execute_cells(self) -> None:
         """Run the cells in order until an error, a stop, or the end."""
@@ -182,6 +187,7 @@ class GrdNotebookClient(PapermillNotebookClient):
             is_code = cell.cell_type == "code" and bool(cell.source.strip())
             if is_code:
                 self.current_cell = index
+                self.timed_out = None
             self.managed.cell_start(cell, index)
             try:
                 self.stopper.cell_started()
@@ -191,7 +197,8 @@ class GrdNotebookClient(PapermillNotebookClient):
                     self.stopper.cell_ended()
             except CellExecutionError as error:
                 self.cell_error = error
-                if self.stopper.requested or error.ename in INTERRUPTING_ERRORS:
+                interrupted = error.ename in INTERRUPTING_ERRORS and self.timed_out is None
+                if self.stopper.requested or interrupted:
                     self.managed.cell_interrupted(self.nb.cells[index])
                 else:
                     self.managed.cell_exception(self.nb.cells[index], cell_index=index, exception=error)
@@ -215,6 +222,12 @@ class GrdNotebookClient(PapermillNotebookClient):
         """The cell's reply, once its output has all come or is known to be lost."""
         rest = _RestOfOutput(self, rest_of_output)
         return await super()._async_poll_for_reply(msg_id, cell, timeout, rest, kernel_alive)
+
+    async def _async_handle_timeout(self, timeout: int, cell: Any = None) -> Any:
+        """Remember that the cell's own time limit, and nobody's stop, is why it is interrupted."""
+        if cell is not None:
+            self.timed_out = timeout
+        return await super()._async_handle_timeout(timeout, cell)
 
     async def _async_poll_output_msg(self, parent_msg_id: str, cell: Any, cell_index: int) -> None:
         """Read the cell's output until the kernel says that the cell, or a later question, is over."""
@@ -299,8 +312,3 @@ class GrdNotebookClient(PapermillNotebookClient):
                     shown = outputs[position]
                     entry = {"op": journal.UPDATE, "i": cell_index, "at": position}
                     self.managed.put({**entry, "data": shown["data"], "metadata": shown["metadata"]})
-
-
-def journal_beside(output: Path) -> Path:
-    """Where the journal of a notebook lies that belongs to no run."""
-    return output.parent / f".{output.name}.grd-journal.jsonl"

@@ -66,7 +66,8 @@ class GuardedKernel:
             with self._lock:
                 self._listen()
             if self._failed is not None:
-                self._watcher.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._watcher.wait(2.0)  # it has nothing to guard
                 raise self._failed
             if self.returncode is not None or time.monotonic() > give_up:
                 self.end_tree()
@@ -121,20 +122,21 @@ class GuardedKernel:
             self._watcher.wait(2.0)
 
     def _listen(self) -> None:
-        while True:
+        both_are_gone = False
+        while not both_are_gone:
             try:
                 said = self._channel.recv(4096)
             except BlockingIOError:
                 break
             except OSError:
                 said = b""
-            if not said:
-                self._end(-signal.SIGKILL, LOST)  # both are gone, and the kernel dies with its guardian
-                break
+            both_are_gone = not said
             self._heard += said
         *lines, self._heard = self._heard.split(b"\n")
         for line in lines:
             self._understand(line.decode().split())
+        if both_are_gone:
+            self._end(-signal.SIGKILL, LOST)  # unless it was reported: the kernel dies with its guardian
 
     def _understand(self, words: list[str]) -> None:
         match words:

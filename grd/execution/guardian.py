@@ -29,6 +29,7 @@ PATIENCE_SECONDS = 1.0
 
 HOPELESS_SECONDS = 20.0
 POLL_SECONDS = 0.2
+LONGEST_PAUSE_SECONDS = 3600.0
 OOM_SCORE_RAISED_BY = 300
 RUNNER_VARIABLE = b"GRD_RUNNER="  # contract.ENV_RUNNER
 
@@ -70,12 +71,13 @@ def decide(
 
 
 def stat_of(pid: int) -> tuple[str, int, int] | None:
-    """State, parent and start (clock ticks since boot) of ``pid``."""
+    """State, parent and start (clock ticks since boot) of ``pid``; H: only its main thread has ended."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             # The command's name may hold spaces and brackets: the fields start after the last one.
             fields = file.read().rpartition(b")")[2].split()
-        return fields[0].decode(), int(fields[1]), int(fields[19])
+        state = "H" if fields[0] == b"Z" and int(fields[17]) > 1 else fields[0].decode()
+        return state, int(fields[1]), int(fields[19])
     except (OSError, IndexError, ValueError):
         return None
 
@@ -95,20 +97,23 @@ def descendants() -> list[tuple[int, int]]:
 
     Spared is what a runner started from in here has made: a run in its own right with its own guardian.
     """
-    below: dict[int, list[tuple[int, int]]] = {}
+    below: dict[int, list[tuple[int, str, int]]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
             stat = stat_of(int(name))
-            if stat is not None and stat[0] not in "ZX":
-                below.setdefault(stat[1], []).append((int(name), stat[2]))
+            if stat is not None:
+                below.setdefault(stat[1], []).append((int(name), stat[0], stat[2]))
     own = runner_of(os.getpid())
     found: list[tuple[int, int]] = []
     waiting = list(below.get(os.getpid(), []))
     while waiting:
-        pid, start = waiting.pop()
+        pid, state, start = waiting.pop()
         if runner_of(pid) not in (b"", own):
             continue
-        found.append((pid, start))
+        if state not in "ZX":
+            found.append((pid, start))
+        # Of the dead too: they were seen one after another, and a child may have been seen before its
+        # parent died and left it to us.
         waiting.extend(below.get(pid, []))
     return found
 
@@ -217,7 +222,11 @@ class Guard:
         timeout: float | None = POLL_SECONDS
         if self.gone_at is None and self.requester_handle >= 0:
             wanted.append(self.requester_handle)
-            timeout = None if self.deadline is None else max(POLL_SECONDS, self.deadline - time.monotonic())
+            if self.deadline is not None:
+                # poll(2) takes an int of milliseconds: 24 days
+                timeout = min(max(POLL_SECONDS, self.deadline - time.monotonic()), LONGEST_PAUSE_SECONDS)
+            else:
+                timeout = None
         # poll, not select: a descriptor inherited from a busy server may be above 1023
         poller = select.poll()
         for fd in (self.wake, *wanted):

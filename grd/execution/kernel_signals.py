@@ -2,29 +2,68 @@
 
 Slurm, systemd and docker signal every process at once. An ipykernel dies of SIGTERM, SIGHUP and SIGUSR1/2
 by default, before the training could save. With this extension SIGTERM becomes a KeyboardInterrupt in the
-running cell where nothing else has taken the signal, and still ends a kernel that is idle. And a kernel that
-nobody will send a cell any more ends by itself after the one that runs: its guardian need not wait longer.
+running cell where nothing else has taken the signal, and still ends a kernel that is idle. One stop
+interrupts a cell once: what it does then, in an except or a finally, is its saving. And a kernel that nobody
+will send a cell any more ends by itself after the one that runs: its guardian need not wait longer. A
+shutdown that comes while a cell runs leaves it its children (workers, a copy under way) until it has ended;
+the guardian ends what is left of them.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
+import time
 from types import FrameType
 from typing import Any
 
 from grd import contract
 from grd.runs.processes import start_time
 
+SAME_REQUEST_SECONDS = 5.0
+"""A scheduler and the runner may both deliver one request: SIGTERMs closer together than this are one."""
+
+_taken_at = float("-inf")
+
 
 def _on_sigterm(signum: int, frame: FrameType | None) -> None:
+    global _taken_at
+    before, _taken_at = _taken_at, time.monotonic()
+    if _taken_at - before < SAME_REQUEST_SECONDS:
+        return
     # ipykernel has a callable SIGINT handler exactly while a cell runs, and ignores SIGINT between cells.
     handler = signal.getsignal(signal.SIGINT)
     if callable(handler):
-        handler(signal.SIGINT, frame)
+        if handler is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _on_last_call)  # for this cell: ipykernel sets it anew in the next
+        if not _is_cleaning_up():
+            handler(signal.SIGINT, frame)
         return
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _on_last_call(signum: int, frame: FrameType | None) -> None:
+    """SIGINT in a cell that was asked to stop before."""
+    if not _is_cleaning_up():
+        signal.default_int_handler(signum, frame)
+
+
+def _is_cleaning_up() -> bool:
+    """Whether the interrupted code is in an except or a finally that a KeyboardInterrupt has led to."""
+    error = sys.exc_info()[1]
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__context__
+    return False
+
+
+def _be_an_ordinary_process() -> None:
+    # A pool ends its workers by SIGTERM, and waits for them.
+    if signal.getsignal(signal.SIGTERM) is _on_sigterm:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _is_orphan() -> bool:
@@ -36,10 +75,29 @@ def _is_orphan() -> bool:
         return False
 
 
+def _cell_is_running() -> bool:
+    # Also right in ipykernel's control thread, which handles shutdown requests.
+    return callable(signal.getsignal(signal.SIGINT))
+
+
+def _spare_children(kernel: Any) -> None:
+    """ipykernel ends the kernel's children when a shutdown is requested, not when the cell has ended."""
+    end_children = getattr(kernel, "_progressively_terminate_all_children", None)
+    if end_children is None or sys.platform != "linux":
+        return  # where there is no guardian nobody else would end them
+
+    async def unless_in_use() -> None:
+        if not _cell_is_running():
+            await end_children()
+
+    kernel._progressively_terminate_all_children = unless_in_use
+
+
 def load_ipython_extension(shell: Any) -> None:
     """Install the handlers where the signals still have their default action."""
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _on_sigterm)
+        os.register_at_fork(after_in_child=_be_an_ordinary_process)
     for name in ("SIGUSR1", "SIGUSR2", "SIGHUP"):
         signum = getattr(signal, name)
         if signal.getsignal(signum) is signal.SIG_DFL:
@@ -50,3 +108,4 @@ def load_ipython_extension(shell: Any) -> None:
             shell.ask_exit()
 
     shell.events.register("post_run_cell", end_if_orphan)
+    _spare_children(getattr(shell, "kernel", None))

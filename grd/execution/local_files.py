@@ -64,23 +64,19 @@ class AtomicLocalHandler:
         write_file(target, text.encode("utf-8"))
 
 
-def install() -> AtomicLocalHandler:
-    """Put the atomic handler in the place of papermill's local one, once per process; returns it.
+def install() -> None:
+    """Put the atomic handler in the place of papermill's local one, once per process.
 
-    A `papermill.io` entry point named ``local`` would never win: papermill takes the oldest match.
+    A `papermill.io` entry point named ``local`` would never win: papermill takes the oldest match. A handler
+    that somebody else has put in its place stays, and is written to as a remote store is.
     """
     import papermill.execute
-    from papermill.iorw import papermill_io
+    from papermill.iorw import LocalHandler, papermill_io
 
     for index, (scheme, handler) in enumerate(papermill_io._handlers):
-        if scheme == "local":
-            if isinstance(handler, AtomicLocalHandler):
-                return handler
-            atomic = AtomicLocalHandler(handler)
-            papermill_io._handlers[index] = (scheme, atomic)
+        if scheme == "local" and getattr(type(handler), "write", None) is LocalHandler.write:
+            papermill_io._handlers[index] = (scheme, AtomicLocalHandler(handler))
             papermill.execute.write_ipynb = _last_write(papermill.execute.write_ipynb)
-            return atomic
-    raise RuntimeError("papermill has no handler for local files")
 
 
 def _last_write(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
@@ -104,7 +100,10 @@ def _last_write(original: Callable[[Any, Any], None]) -> Callable[[Any, Any], No
 
 
 def local_target(output_path: str | None) -> Path | None:
-    """The regular local file that ``output_path`` names, or None (remote, stdout, a pipe, nothing)."""
+    """The regular local file that ``output_path`` names, or None (remote, stdout, a pipe, nothing).
+
+    Raises IsADirectoryError, as papermill's first write does.
+    """
     if output_path is None:
         return None
     from papermill.iorw import papermill_io
@@ -114,6 +113,16 @@ def local_target(output_path: str | None) -> Path | None:
         return None
     target = handler.resolve(output_path)
     try:
-        return target if stat.S_ISREG(target.stat().st_mode) else None
+        mode = target.stat().st_mode
     except FileNotFoundError:
         return target
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), output_path)
+    return target if stat.S_ISREG(mode) else None
+
+
+def is_remote(output_path: str) -> bool:
+    """Whether ``output_path`` is a place that holds whole notebooks: no local path, and no stream."""
+    from papermill.iorw import StreamHandler, papermill_io
+
+    return not isinstance(papermill_io.get_handler(output_path), AtomicLocalHandler | StreamHandler)

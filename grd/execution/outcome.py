@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grd import contract
+from grd.execution import out_of_memory
+from grd.settings import format_duration
 
 _INTERRUPTIONS = ("ExperimentInterrupted", "KeyboardInterrupt")
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -47,6 +49,12 @@ class Seen:
     stopped_in_cell: int | None = None
     guardian_lost: bool = False
     """The kernel's guardian was killed, and the kernel died with it."""
+    oom: out_of_memory.Verdict | None = None
+    """What is known of a death by SIGKILL."""
+    grace: float | None = None
+    """Seconds, where the grace ran out."""
+    killed_at_exit: bool = False
+    """The cells had ended, but the kernel had not when the grace ran out."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +104,7 @@ def judge(seen: Seen) -> Outcome:
             return Outcome(
                 contract.INTERRUPTED, contract.KERNEL_DIED, f"the kernel died{where}: its guardian was killed"
             )
-        oom = "suspected" if seen.kernel_returncode == -signal.SIGKILL else None
-        detail = f"the kernel died{where}: {describe_exit(seen.kernel_returncode)}"
-        return Outcome(contract.INTERRUPTED, contract.KERNEL_DIED, detail, oom)
+        return _judge_death(seen, where)
     if seen.cell_timeout is not None:
         return Outcome(contract.FAILED, contract.NOTEBOOK_ERROR, seen.cell_timeout)
     if seen.cell_error is not None:
@@ -119,11 +125,38 @@ def _judge_cell_error(error: CellError, *, last: bool) -> Outcome:
     return Outcome(contract.FAILED, contract.NOTEBOOK_ERROR, str(error))
 
 
+def _judge_death(seen: Seen, where: str) -> Outcome:
+    detail = f"the kernel died{where}: {describe_exit(seen.kernel_returncode)}"
+    if seen.kernel_returncode != -signal.SIGKILL or seen.oom is None:
+        return Outcome(contract.INTERRUPTED, contract.KERNEL_DIED, detail)
+    if seen.oom.oom == out_of_memory.CONFIRMED:
+        return Outcome(
+            contract.INTERRUPTED,
+            contract.OUT_OF_MEMORY,
+            f"out of memory{where}: {seen.oom.detail}",
+            seen.oom.oom,
+        )
+    return Outcome(contract.INTERRUPTED, contract.KERNEL_DIED, f"{detail}; {seen.oom.detail}", seen.oom.oom)
+
+
 def _stop_detail(seen: Seen) -> str | None:
     if seen.killed_at_once:
         return "the kernel was killed at once, as asked; what was not saved by then is lost"
+    if seen.kernel_start_error is not None:
+        return "stopped before the first cell"
+    over = "the grace period ran out" + (f" after {format_duration(seen.grace)}" if seen.grace else "")
     if seen.killed:
-        return "the grace period ran out and the kernel was killed; what was not saved by then is lost"
+        return (
+            f"{over} and the kernel was killed; what was not saved by then is lost "
+            "(--grace or GRD_GRACE gives more time to save)"
+        )
+    if seen.killed_at_exit:
+        return f"{over} while the kernel was still ending, and it was killed; its cells had ended"
+    if seen.kernel_died:
+        oom = f"; {seen.oom.detail}" if seen.oom is not None else ""
+        return f"while stopping, the kernel died: {describe_exit(seen.kernel_returncode)}{oom}"
     if seen.cell_error is not None and seen.cell_error.name not in _INTERRUPTIONS:
         return f"while stopping, {seen.cell_error}"
+    if seen.storage_error is not None:
+        return f"the notebook could not be saved: {seen.storage_error}"
     return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import secrets
 import signal
@@ -28,6 +29,8 @@ SHUTDOWN_SECONDS = 10.0
 """Time for a kernel's own exit (atexit handlers, threads) after a notebook's last cell."""
 
 QUICK_EXIT_SECONDS = 1.0
+SAME_SHUTDOWN_SECONDS = 5.0
+"""An interrupt so shortly before a shutdown is the shutdown's own: jupyter_client sends it first."""
 
 
 def is_ipykernel(argv: list[str]) -> bool:
@@ -46,6 +49,12 @@ class GrdProvisioner(LocalProvisioner):
     started: float | None = None
     """When the kernel was started, as `processes.start_time` has it."""
     guarded: GuardedKernel | None = None
+    exit_seconds: float = SHUTDOWN_SECONDS
+    """How long the kernel's own exit may take once no further cell will run."""
+    grace: float | None = None
+    """Seconds that a shutdown leaves to a running cell; None where our engine does the stopping."""
+    _interrupted_at = -math.inf
+    _told = False
 
     async def pre_launch(self, **kwargs: Any) -> dict[str, Any]:
         """Add what the kernel needs to hear of a stop, and the mark by which all its processes are found."""
@@ -55,6 +64,7 @@ class GrdProvisioner(LocalProvisioner):
         mark = environment.get(contract.ENV_MARKER)
         if mark is None or mark == os.environ.get(contract.ENV_MARKER):
             # None of its own: a kernel started from inside a run is not to take that run along when it ends.
+            self.grace = _grace(environment, of_run=False)
             mark = environment[contract.ENV_MARKER] = f"kernel-{os.getpid()}-{secrets.token_hex(4)}"
         self.marker = f"{contract.ENV_MARKER}={mark}"
         me = processes.identity()
@@ -74,7 +84,7 @@ class GrdProvisioner(LocalProvisioner):
         environment = kwargs["env"]
         kernel = await start_guarded(
             cmd,
-            grace=_grace(environment),
+            grace=_grace(environment, of_run=True) if self.grace is None else self.grace,
             deadline=_seconds(environment.get(contract.ENV_DEADLINE)),
             connection_file=getattr(self.parent, "connection_file", None),
             **LocalProvisioner._scrub_kwargs(kwargs),
@@ -87,16 +97,28 @@ class GrdProvisioner(LocalProvisioner):
 
     async def send_signal(self, signum: int) -> None:
         """Signal the kernel's process only: its DataLoader workers must live until it has saved."""
+        if signum == signal.SIGINT and self.pid is not None:
+            heard = processes.catches_signal(self.pid, signum)  # an idle ipykernel ignores it
+            self._interrupted_at = time.monotonic() if heard else -math.inf
         if self.process:
             with contextlib.suppress(ProcessLookupError):
                 self.process.send_signal(signum)
 
     async def terminate(self, restart: bool = False) -> None:
-        """Ask the kernel to end; what it leaves is killed at the end."""
-        await self.send_signal(signal.SIGTERM)
+        """Ask the kernel to end, unless it was asked already; what it leaves is killed at the end.
+
+        jupyter_client calls this in the middle of the wait, when a cell may be saving in its ``finally``: a
+        second KeyboardInterrupt would cut that.
+        """
+        if self.grace is None or not self._told:
+            await self.send_signal(signal.SIGTERM)
 
     async def shutdown_requested(self, restart: bool = False) -> None:
-        """Wait for an exit that is quick, as most are: jupyter_client looks only every 0.1 s."""
+        """Wait for an exit that is quick, as most are: jupyter_client looks only every 0.1 s.
+
+        Remembers whether the running cell has already been interrupted for this shutdown.
+        """
+        self._told = time.monotonic() - self._interrupted_at < SAME_SHUTDOWN_SECONDS
         give_up = time.monotonic() + QUICK_EXIT_SECONDS
         while await self.poll() is None and time.monotonic() < give_up:
             await asyncio.sleep(0.005)
@@ -121,13 +143,13 @@ class GrdProvisioner(LocalProvisioner):
         return processes.reap(self.marker, session=self.pid, session_started=self.started)
 
     def get_shutdown_wait_time(self, recommended: float = 5.0) -> float:
-        """Seconds that jupyter_client waits for the kernel's own exit before it kills."""
-        return max(recommended, SHUTDOWN_SECONDS)
+        """Seconds that jupyter_client waits before it kills: the grace for a cell that was interrupted."""
+        return max(recommended, self.grace if self.grace and self._told else self.exit_seconds)
 
 
-def _grace(environment: dict[str, str]) -> float:
+def _grace(environment: dict[str, str], *, of_run: bool) -> float:
     """The run's grace; GRD_GRACE for kernels of other tools. What cannot be read counts as not said."""
-    for name in (contract.ENV_KERNEL_GRACE, "GRD_GRACE"):
+    for name in (contract.ENV_KERNEL_GRACE, "GRD_GRACE") if of_run else ("GRD_GRACE",):
         with contextlib.suppress(ValueError):
             return parse_duration(environment.get(name, ""))
     return contract.DEFAULT_GRACE_SECONDS

@@ -7,6 +7,7 @@ that there is no moment in which a live run looks dead: ``python -m grd.executio
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from grd.errors import GrdError
 from grd.execution.outcome import Outcome, storage_cause
 from grd.execution.stopping import Stopper
 from grd.files import atomic_write, read_json, write_json
-from grd.runs import handover, store
+from grd.runs import handover, last_word, leftovers, reserve, store
 from grd.runs.events import Digest, EventLog, view_of
 from grd.runs.folder import RunFolder, process_marker
 from grd.runs.liveness import HEARTBEAT_SECONDS
@@ -31,8 +32,8 @@ from grd.runs.model import now_iso, seconds_left
 from grd.runs.processes import identity, reap
 from grd.runs.recovery import resume_command
 
-RESERVE_BYTES = 256 * 1024
-"""More than run.json, metrics.json and a last event need."""
+STORING_SECONDS = 1.0
+"""Somebody else may hold the last block for a moment; a runner that waits longer is one that stays behind."""
 
 HARDWARE_SECONDS = 3.0
 """A run shorter than the description of its machine waits so long for it: later attempts compare with it."""
@@ -74,7 +75,7 @@ class Runner:
         try:
             outcome = self._begin_and_execute()
         except BaseException as error:
-            traceback.print_exc()
+            _log(traceback.format_exc())
             outcome = _outcome_of_crash(error)
         finally:
             reap(process_marker(self.record.run_id, self.attempt.number))
@@ -98,6 +99,7 @@ class Runner:
         record, attempt = self.record, self.attempt
         # Fence first: from here on no older attempt can write a checkpoint.
         atomic_write(self.folder.fence, f"{attempt.number}\n")
+        leftovers.sweep(self.folder)
         record.runner = identity()
         record.state = attempt.state = contract.RUNNING
         record.cause = attempt.cause = record.detail = attempt.detail = None
@@ -106,7 +108,7 @@ class Runner:
         record.started_at = attempt.started_at = now_iso()
         deadline = datetime.now(UTC) + timedelta(seconds=self.seconds)
         record.deadline = deadline.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        self.folder.reserve.write_bytes(b"\1" * RESERVE_BYTES)  # zeros may be stored as a hole
+        reserve.take(self.folder)
         self._prepare_checkpoints()
         self.events.write(contract.EVENT_STATE, state=contract.RUNNING, resume=attempt.resume)
         store.save(self.folder, record)
@@ -120,7 +122,7 @@ class Runner:
         try:
             handover.write_state_page(self.folder.path.parent)
         except (OSError, GrdError) as error:
-            print(f"STATE.md was left as it is: {error}", file=sys.stderr)
+            _log(f"STATE.md was left as it is: {error}")
 
     def _describe_hardware(self) -> None:
         """What this attempt runs on, beside the work; a resume on another machine is pointed out."""
@@ -160,10 +162,11 @@ class Runner:
 
     def _prepare_checkpoints(self) -> None:
         """A new lineage must not find later epochs of an older one."""
-        from grd.experiment.checkpoint_folder import set_aside
+        from grd.experiment.checkpoint_folder import set_aside, sweep
 
         checkpoints = Path(self.record.checkpoint_dir)
         checkpoints.mkdir(parents=True, exist_ok=True)
+        sweep(checkpoints)
         back_to = self.attempt.changes.get("from_epoch")
         if back_to is not None:
             moved = set_aside(checkpoints, after_epoch=int(back_to), reason=f"resumed from epoch {back_to}")
@@ -203,6 +206,7 @@ class Runner:
             stopper=self.stopper,
             journal=self.paths.journal,
             environment=self._kernel_environment(),
+            kernel_log=self.paths.log,
             max_output=self.record.max_output,
             on_warning=lambda message: self.events.write(contract.EVENT_WARNING, message=message),
             on_kernel=self._note_kernel,
@@ -233,8 +237,10 @@ class Runner:
                     # papermill takes every error output for a failure, also one that the cell's tag
                     # `raises-exception` expects, and marks the notebook with it.
                     write_ipynb(remove_error_markers(context.notebook), str(self.paths.output))
-                # a cell's own time limit is a TimeoutError, and that is an OSError too
-                if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+                # a cell's own time limit is a TimeoutError, and that is an OSError too; so is a kernel's
+                # program that is not there
+                ours = isinstance(error, TimeoutError) or context.outcome.cause == contract.START_FAILED
+                if isinstance(error, OSError) and not ours:
                     return Outcome(contract.INTERRUPTED, storage_cause(error), f"the notebook: {error}")
         if context.outcome is None:
             raise RuntimeError("the engine ended without an outcome")
@@ -280,8 +286,10 @@ class Runner:
                 self.folder.heartbeat.write_text(f"{os.getpid()}\n")
             except FileNotFoundError:
                 self.stopper.request(contract.STORAGE)  # the run folder was deleted: nobody can read the rest
-            except OSError:
-                pass  # a full disk: the saver sees it too, and knows more
+            except OSError as error:
+                # A full disk may have room again before anything is to be written: the saver knows more.
+                if error.errno == errno.EROFS:
+                    self.stopper.request(contract.STORAGE)
             with contextlib.suppress(Exception):  # only a cache, and whatever somebody wrote into the events
                 digest.keep_up()
             if self._beating.wait(HEARTBEAT_SECONDS):
@@ -289,7 +297,7 @@ class Runner:
 
     def _end(self, outcome: Outcome) -> None:
         record, attempt = self.record, self.attempt
-        self.folder.reserve.unlink(missing_ok=True)
+        reserve.give_back(self.folder)
         view = view_of(self.folder)
         attempt.state, attempt.cause, attempt.detail = outcome.state, outcome.cause, outcome.detail
         attempt.stop, attempt.cells, attempt.oom = outcome.stop, outcome.cells, outcome.oom
@@ -349,16 +357,24 @@ class Runner:
 
     def _store_end(self) -> None:
         """Write the end of the run, on a full disk too: try for a while, then leave it to recovery."""
-        give_up = time.monotonic() + 10.0
+        give_up = time.monotonic() + STORING_SECONDS
         while True:
             try:
                 store.save(self.folder, self.record)
                 return
             except OSError as error:
-                if time.monotonic() > give_up:
-                    print(f"run.json could not be written: {error}", file=sys.stderr)
-                    return
-                time.sleep(0.5)
+                if storage_cause(error) != contract.DISK_FULL or time.monotonic() > give_up:
+                    _log(f"run.json could not be written: {error}")
+                    break
+                time.sleep(0.1)
+        if self.folder.path.is_dir():
+            last_word.keep(self.folder, self.record)
+
+
+def _log(text: str) -> None:
+    """A line for runner.log, which lies on the very disk that may have failed."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _outcome_of_crash(error: BaseException) -> Outcome:

@@ -49,6 +49,8 @@ class Facts:
     now: float
     requested_at: float
     grace: float
+    any_cell: bool
+    """Whether a cell was ever sent: before that there is nothing to save."""
     cell_running: bool
     catches_sigterm: bool | None
     terminated: bool
@@ -59,7 +61,7 @@ class Facts:
 
 def decide(facts: Facts) -> Action:
     """The next action of a stop under way."""
-    if facts.at_once or facts.now >= facts.requested_at + facts.grace:
+    if facts.at_once or not facts.any_cell or facts.now >= facts.requested_at + facts.grace:
         return "kill"
     if not facts.cell_running:
         return "wait"  # an idle kernel is shut down by the client; a signal would only spoil that
@@ -129,6 +131,7 @@ class Stopper:
         self._previous: dict[signal.Signals, Any] = {}
         self._on_event = on_event
         self._kernel: KernelHandle | None = None
+        self._any_cell = False
         self._cell_running = False
         self._cells_over = False
         self._terminated = False
@@ -156,6 +159,19 @@ class Stopper:
     def killed_at_once(self) -> bool:
         """Whether the kill was asked for."""
         return self.record is not None and self.record.at_once
+
+    @property
+    def grace_left(self) -> float | None:
+        """Seconds until the kill, while a stop is under way."""
+        if self.record is None:
+            return self.grace if self._pending else None
+        return max(0.0, self.record.requested_at + self.grace - time.monotonic())
+
+    @property
+    def killed_at_exit(self) -> bool:
+        """Whether the grace ran out after the last cell, while the kernel was still busy with its exit."""
+        record = self.record
+        return record is not None and not record.killed and any(a["action"] == "kill" for a in record.actions)
 
     @property
     def killed(self) -> bool:
@@ -199,7 +215,7 @@ class Stopper:
 
     def cell_started(self) -> None:
         """A cell was sent to the kernel."""
-        self._cell_running = True
+        self._any_cell = self._cell_running = True
 
     def cell_ended(self) -> None:
         """No cell is being executed."""
@@ -207,7 +223,7 @@ class Stopper:
 
     def cells_over(self) -> None:
         """No further cell will run: what is left of the grace is for the kernel's own exit."""
-        self._cells_over = True
+        self._any_cell = self._cells_over = True
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self.request(SIGNAL_REASONS.get(signal.Signals(signum), contract.STOPPED))
@@ -254,6 +270,7 @@ class Stopper:
             now=now,
             requested_at=record.requested_at,
             grace=self.grace,
+            any_cell=self._any_cell,
             cell_running=self._cell_running,
             catches_sigterm=kernel.catches_sigterm() if not self._terminated else None,
             terminated=self._terminated,
@@ -277,7 +294,7 @@ class Stopper:
         else:
             self._kernel = None
             # A kernel that is slow to exit after its last cell has lost nothing.
-            record.killed = not self._cells_over
+            record.killed = self._any_cell and not self._cells_over
             record.at_once = record.killed and self._at_once
             self._tell(3, "kill at once" if self._at_once else "kill")
             kernel.kill()

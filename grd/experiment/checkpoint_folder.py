@@ -18,13 +18,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from grd.experiment.checkpoint_file import digest, zip_is_sound
-from grd.experiment.manifest import Entry, append_entry, host_id, read_manifest
+from grd.experiment.manifest import Entry, append_entry, host_id, process_start, read_manifest
 from grd.files import JsonLines, fsync_folder
 
 LATEST_NAME = "checkpoint_latest.pt"
 NEVER_FEWER_THAN = 2
 _NAME = re.compile(r"checkpoint_epoch_(-?\d+)(?:_step_(\d+))?\.pt")
-_TEMPORARY = re.compile(r"\.checkpoint_\S+\.pt\.([0-9a-f]{8})\.(\d+)\.\d+\.tmp")
+_TEMPORARY = re.compile(r"\.checkpoint_\S+\.pt\.([0-9a-f]{8})\.(\d+)(?:-(\d+))?\.\d+\.tmp")
 _counter = itertools.count()
 _in_use: set[str] = set()
 
@@ -180,7 +180,8 @@ def _is_other_file(latest: Path, path: Path) -> bool:
 @contextlib.contextmanager
 def temporary_name(folder: Path, name: str) -> Iterator[Path]:
     """A path in ``folder`` that is gone after the block, renamed or not; it names the writing process."""
-    path = folder / f".{name}.{host_id()}.{os.getpid()}.{next(_counter)}.tmp"
+    writer = f"{os.getpid()}-{start}" if (start := process_start(os.getpid())) else str(os.getpid())
+    path = folder / f".{name}.{host_id()}.{writer}.{next(_counter)}.tmp"
     _in_use.add(path.name)
     try:
         yield path
@@ -197,12 +198,15 @@ def sweep(folder: Path) -> None:
             match = _TEMPORARY.fullmatch(path.name)
             if match is None or match[1] != host_id() or path.name in _in_use:
                 continue
-            if int(match[2]) == os.getpid() or not _is_alive(int(match[2])):
+            if int(match[2]) == os.getpid() or not _is_alive(int(match[2]), match[3]):
                 with contextlib.suppress(OSError):
                     path.unlink()
 
 
-def _is_alive(pid: int) -> bool:
+def _is_alive(pid: int, started: str | None) -> bool:
+    """Whether the very process that had this pid and start lives; by the pid alone where that is all."""
+    if started is not None and process_start(pid) not in ("", started):
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

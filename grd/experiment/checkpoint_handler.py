@@ -101,31 +101,33 @@ class CheckpointHandler:
         step = None if step is None else int(step)
         facts = as_json(metadata or {})
         loss_value = None if loss is None else _plain_loss(loss)
-        payload = {
-            "format": FORMAT,
-            "epoch": epoch if step is None else epoch - 1,
-            "model_state": _state_of(model if model is not None else model_state),
-            "optimizer_state": _state_of(optimizer if optimizer is not None else optimizer_state),
-            "loss": loss_value,
-            "metadata": facts,
-            **({} if step is None else {"step": step}),
-            **({} if state is None else {"state": state}),
-            **more,
-        }
         total = self.total_epochs if self.total_epochs is not None else facts.get("total_epochs")
-        started = time.monotonic()
-        with _lock, interruption.saving():
-            path, size = self._write(version_name(epoch, step), payload, epoch, step, total, allow_pickle)
-            self.begin_work()
-        if self.report_events:
-            emit(
-                contract.EVENT_CHECKPOINT,
-                epoch=payload["epoch"],
-                step=step,
-                path=str(path.absolute()),
-                bytes=size,
-                seconds=round(time.monotonic() - started, 6),
-            )
+        # From the first look at the state to the event: none of it may be cut by a signal.
+        with interruption.saving():
+            payload = {
+                "format": FORMAT,
+                "epoch": epoch if step is None else epoch - 1,
+                "model_state": _state_of(model if model is not None else model_state),
+                "optimizer_state": _state_of(optimizer if optimizer is not None else optimizer_state),
+                "loss": loss_value,
+                "metadata": facts,
+                **({} if step is None else {"step": step}),
+                **({} if state is None else {"state": state}),
+                **more,
+            }
+            started = time.monotonic()
+            with _lock:
+                path, size = self._write(version_name(epoch, step), payload, epoch, step, total, allow_pickle)
+                self.begin_work()
+            if self.report_events:
+                emit(
+                    contract.EVENT_CHECKPOINT,
+                    epoch=payload["epoch"],
+                    step=step,
+                    path=str(path.absolute()),
+                    bytes=size,
+                    seconds=round(time.monotonic() - started, 6),
+                )
         return path
 
     def _write(

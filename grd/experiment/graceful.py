@@ -40,20 +40,27 @@ class GracefulExperiment:
         """
         losses: list[float | None] = []
         self.current_epoch = start_epoch - 1
+        saved: int | None = None
         facts = {"total_epochs": num_epochs, **(metadata or {})}
 
         def save(**more: Any) -> None:
+            nonlocal saved
             loss = losses[-1] if losses else None
             self.checkpoint_handler.save_checkpoint(
                 self.current_epoch, model, optimizer, loss, {**facts, **more}
             )
+            saved = self.current_epoch
+
+        def asked() -> bool:
+            return self.interrupted or self.checkpoint_handler.check_interrupted()
 
         with interruption.armed():
             while True:
-                if self.interrupted or self.checkpoint_handler.check_interrupted():
+                if asked():
                     reason = interruption.stop_requested()
                     self.interrupted = True
-                    save(interrupted=True)
+                    if saved != self.current_epoch:  # else the request came while just that was being saved
+                        save(interrupted=True)
                     raise ExperimentInterrupted(
                         f"stopped after epoch {self.current_epoch}; resume to go on", reason=reason
                     )
@@ -63,5 +70,6 @@ class GracefulExperiment:
                 result = train_one_epoch(epoch)
                 losses.append(None if result is None else float(result))
                 self.current_epoch = epoch
-                if (epoch + 1 - start_epoch) % every == 0 or epoch + 1 == num_epochs:
+                due = (epoch + 1 - start_epoch) % every == 0 or epoch + 1 == num_epochs
+                if due and not asked():
                     save()

@@ -6,6 +6,7 @@ next boundary. Signals can be taken only in the main thread; elsewhere the stop 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -24,6 +25,9 @@ STOP_FILE_PERIOD_SECONDS = 0.1
 SAME_REQUEST_SECONDS = 5.0
 """A scheduler and the runner may both deliver one request: SIGTERMs closer together than this are one."""
 
+SAVES_AT_EXIT_SECONDS = 600.0
+"""How long the process's end waits for saves in daemon threads, which Python would cut off."""
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _REASONS: dict[int, str] = {signal.SIGTERM: contract.SIGTERM, signal.SIGINT: contract.SIGINT}
 
@@ -41,7 +45,7 @@ class _Dispatcher:
         self.previous: dict[int, Any] = {}
         self.signal: int | None = None
         self.signal_time = 0.0
-        self.saving = 0
+        self.saves: set[object] = set()  # its changes are atomic: several threads may save
         self.handling = False
         self.owner = os.getpid()
         self.stop_file_time = float("-inf")
@@ -83,7 +87,7 @@ def _on_signal(signum: int, frame: FrameType | None) -> None:
     if not (_state.armings or _watched()) or _kernel_is_idle():
         _hand_on(signum, frame)
         return
-    if _state.signal is not None and not _state.saving:
+    if _state.signal is not None and not _state.saves:
         if signum == signal.SIGINT:
             raise KeyboardInterrupt
         if not _state.armings and time.monotonic() - _state.signal_time > SAME_REQUEST_SECONDS:
@@ -179,6 +183,7 @@ def _after_fork_in_child() -> None:
     if signal.getsignal(signal.SIGTERM) is _on_signal:
         with contextlib.suppress(ValueError, TypeError):
             signal.signal(signal.SIGTERM, _state.previous.get(signal.SIGTERM, signal.SIG_DFL))
+    _state.saves.clear()  # the threads that save were not forked
     _after_fork()
 
 
@@ -270,12 +275,36 @@ def honoured() -> None:
 
 @contextlib.contextmanager
 def saving() -> Iterator[None]:
-    """Mark a save in progress: until it ends, no signal does more than set the flag."""
-    _state.saving += 1
+    """Mark a save in progress: until it ends, no signal does more than set the flag.
+
+    Where nothing is armed or watches, a signal that came meanwhile is delivered at the end. A process that
+    ends waits for saves in other threads.
+    """
+    token = object()
+    arms = False
+    if _in_main_thread():
+        _own()
+        arms = not (_state.armings or _watched())
+        if arms:
+            _state.armings.add(token)
+        _install()
+    _state.saves.add(token)
     try:
         yield
     finally:
-        _state.saving -= 1
+        _state.saves.discard(token)
+        unheard = _disarm(token) if arms else None
+        if unheard is not None:
+            os.kill(os.getpid(), unheard)
+
+
+def _finish_saves() -> None:
+    give_up = time.monotonic() + SAVES_AT_EXIT_SECONDS
+    while _state.saves and time.monotonic() < give_up:
+        time.sleep(0.05)
+
+
+atexit.register(_finish_saves)
 
 
 def _reason_of_stop_file() -> str | None:

@@ -28,6 +28,14 @@ def process_id() -> str:
     return _process[1]
 
 
+def process_start(pid: int) -> str:
+    """When ``pid`` was started, in clock ticks since boot; empty if there is none, or it cannot be known."""
+    with suppress(OSError, IndexError):
+        # The command's name may hold spaces and brackets: the fields start after the last one.
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+    return ""
+
+
 def host_id() -> str:
     """A name for the place where this process's pid means something: host, boot and pid namespace."""
     parts = [socket.gethostname()]

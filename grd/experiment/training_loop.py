@@ -89,14 +89,13 @@ class Loop:
                 deadline=_deadline(),
                 between_interruptions=between,
             )
-            reason = interruption.stop_requested()
-            if reason is not None:
-                self._interrupt(reason, f"before epoch {self._first}")
+            self._stop_if_asked(f"before epoch {self._first}")
             if self._ended_early:
                 return
             if self.handler is not None and self._first < self.total:
                 checkpoint_file.prepare(self._content(self._first - 1, None), allow_pickle=self.allow_pickle)
             report_progress("epochs", self._first, self.total, force=True)
+            self._stop_if_asked(f"before epoch {self._first}")
             for index in range(self._first, self.total):
                 epoch = Epoch.begin(self, index, self._inside)
                 self._inside = None
@@ -168,8 +167,8 @@ class Loop:
                 epoch._record, epoch.state, epoch._means,
             )  # fmt: skip
             self._save(int(epoch), inside, ended_early=False)
-        if reason is not None:
-            self._interrupt(reason, f"in epoch {int(epoch)} after step {epoch._step}")
+        # Asked again: a stop that came while the state was being saved finds all of it saved.
+        self._stop_if_asked(f"in epoch {int(epoch)} after step {epoch._step}")
 
     def _end(self, epoch: Epoch, seconds: float) -> None:
         now = time.monotonic()
@@ -177,15 +176,14 @@ class Loop:
         self.note(epoch)
         report_progress("epochs", int(epoch) + 1, self.total, force=True)
         is_last = int(epoch) == self.total - 1 or epoch._ends_training
-        reason = interruption.stop_requested()
-        if is_last or reason is not None or self._schedule.due_after_epoch(now, int(epoch)):
-            self._save(int(epoch), None, ended_early=epoch._ends_training)
         if epoch._call < 0 and self.handler is not None and seconds > self._schedule.max_lost_work:
             self._warn(
                 "long", f"an epoch takes {seconds:.0f} s: use epoch.steps(loader), or all of it is at risk"
             )
-        if reason is not None:
-            self._interrupt(reason, f"after epoch {int(epoch)}")
+        due = is_last or self._schedule.due_after_epoch(now, int(epoch))
+        if due or interruption.stop_requested() is not None:
+            self._save(int(epoch), None, ended_early=epoch._ends_training)
+            self._stop_if_asked(f"after epoch {int(epoch)}")
 
     def note(self, epoch: Epoch) -> None:
         """Put the epoch's record into the history, once."""
@@ -213,6 +211,13 @@ class Loop:
         handler, step = self.handler, None if inside is None else inside.step
         if handler is None or self._saved_at == (epoch, step):
             return
+        with interruption.saving():  # from the first look at the state: reading it may take long too
+            self._save_now(handler, epoch, inside, ended_early)
+
+    def _save_now(
+        self, handler: CheckpointHandler, epoch: int, inside: Inside | None, ended_early: bool
+    ) -> None:
+        step = None if inside is None else inside.step
         started = time.monotonic()
         content = self._content(epoch, inside, ended_early)
         record = self.history[-1] if self.history else {}
@@ -277,7 +282,10 @@ class Loop:
 
     # --- stopping ---
 
-    def _interrupt(self, reason: str, where: str) -> None:
+    def _stop_if_asked(self, where: str) -> None:
+        reason = interruption.stop_requested()
+        if reason is None:
+            return
         interruption.honoured()
         # The generator lives on in the traceback of a cell that ended here; the signals must not.
         self._arming.close()
@@ -285,6 +293,8 @@ class Loop:
             kept = f"and the state could not be saved: {self._failure}"
         elif self.handler is None:
             kept = "nothing was saved, since the loop has no checkpoint_dir"
+        elif self._saved_at is None:
+            kept = "there was nothing new to save: resume to go on"
         else:
             kept = "the state is saved: resume to go on"
         raise ExperimentInterrupted(f"stopped {where} ({reason}); {kept}", reason=reason)

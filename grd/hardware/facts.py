@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 LONGEST_TEXT = 200
+KILLED_SECONDS = 2.0
 
 
 def one_line(value: object, longest: int = LONGEST_TEXT) -> str:
@@ -71,21 +73,32 @@ def run_limited(argv: Sequence[str], seconds: float) -> bytes:
     Raises OSError if it cannot be started, TimeoutError, and RuntimeError if it fails.
     """
     # A session of its own: what probes spawn in turn (lscpu, nvidia-smi) must not outlive the limit.
-    with subprocess.Popen(
+    process = subprocess.Popen(
         argv,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
-    ) as process:
-        try:
-            output, errors = process.communicate(timeout=seconds)
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise TimeoutError(f"no answer within {seconds:g} s") from None
-            raise
+    )
+    try:
+        output, errors = process.communicate(timeout=seconds)
+    except BaseException as error:
+        _end(process)
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise TimeoutError(f"no answer within {seconds:g} s") from None
+        raise
     if process.returncode != 0:
         lines = errors.decode("utf-8", "replace").strip().splitlines()
         raise RuntimeError(one_line(lines[-1]) if lines else f"it ended with {process.returncode}")
     return output
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the whole session; what hangs in its driver cannot even die, and is not waited for."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)  # not yet waited for: the pid is its own
+    for stream in (process.stdout, process.stderr):
+        if stream is not None:
+            stream.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(KILLED_SECONDS)

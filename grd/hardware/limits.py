@@ -184,6 +184,24 @@ def _whole_number(environment: Mapping[str, str], name: str) -> int | None:
     return int(text) if text.isdecimal() and int(text) > 0 else None
 
 
+def memory_folders(root: Path = Path("/"), process: int | str = "self") -> list[str]:
+    """The folders of a process's memory cgroups, innermost first, of whichever version counts memory here.
+
+    Raises OSError where there is no /proc or no such process.
+    """
+    proc = root / "proc"
+    mounts = parse_mountinfo((proc / "self/mountinfo").read_text("utf-8", "surrogateescape"))
+    groups = _own_groups((proc / str(process) / "cgroup").read_text("utf-8", "surrogateescape"))
+    return cgroup_levels(mounts, groups, "memory") or cgroup_levels(mounts, groups, "")
+
+
+def memory_limits(folders: list[str], root: Path = Path("/")) -> list[MemoryLimit]:
+    """The limits that stand in these cgroup folders, tightest first."""
+    files = _Reader(root)
+    found = [limit for folder in folders for limit in _memory_v2(files, folder) + _memory_v1(files, folder)]
+    return sorted(found, key=lambda limit: limit.limit)
+
+
 def slurm_limits(environment: Mapping[str, str]) -> tuple[list[CoreLimit], list[MemoryLimit]]:
     """Limits a Slurm step was given; memory is in MiB there, and 0 means all of the node's (sbatch(1))."""
     cores, memory = [], []

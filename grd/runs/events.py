@@ -47,6 +47,8 @@ class EventLog:
         }
         try:
             self._lines.append(record)
+            if kind == contract.EVENT_STATE:
+                self._lines.sync()  # run.json is; the two must not disagree after a power cut
         except (OSError, ValueError):
             return False
         return True

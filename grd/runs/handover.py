@@ -84,6 +84,8 @@ def write_state_page(runs_dir: Path) -> bool:
     if lock is None:
         raise ReportError("another runner has been writing STATE.md for long")
     try:
+        for half_written in planning.glob(".STATE.md.*.tmp"):  # of a runner that was killed with this lock
+            half_written.unlink(missing_ok=True)
         records = [record for _, record in recovery.all_current(runs_dir)]
         write_section(planning / "STATE.md", SECTION, state_section(overview(records)))
     finally:

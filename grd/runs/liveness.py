@@ -61,7 +61,7 @@ def heartbeat_age(folder: RunFolder) -> float | None:
 def _file_system_time(folder: RunFolder) -> float:
     with (
         contextlib.suppress(OSError),
-        tempfile.NamedTemporaryFile(prefix=".now-", dir=folder.path) as probe_file,
+        tempfile.TemporaryFile(dir=folder.path) as probe_file,  # without a name: a kill leaves nothing
     ):
         return os.fstat(probe_file.fileno()).st_mtime
     return time.time()

@@ -113,9 +113,18 @@ def rebuild(snapshot: Path, journal: Path) -> Notebook:
     part = int(state.get("journal_part", 0))
     if journal_part(journal) != part:
         return notebook  # the journal is older than the snapshot, which was written before it was restarted
+    _join_lines(notebook)
     for _, entry in read_json_lines(journal, int(state.get("journal_bytes", 0))):
         apply(notebook, entry)
     return notebook
+
+
+def _join_lines(notebook: Notebook) -> None:
+    """Texts as one string each, as entries have them: the file holds lists of lines."""
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            if isinstance(output.get("text"), list):
+                output["text"] = "".join(output["text"])
 
 
 def journal_part(journal: Path) -> int:

@@ -29,12 +29,13 @@ def boot_id(proc: Path = Path("/proc")) -> str:
 def start_time(pid: int, proc: Path = Path("/proc")) -> float | None:
     """When ``pid`` was started, in clock ticks since boot (Linux) or POSIX seconds; None if there is none.
 
-    A zombie has ended: it counts as no process.
+    A zombie has ended: it counts as no process, unless only its main thread has.
     """
     try:
         # The command name may hold spaces and brackets: the fields start after the last one.
         text = (proc / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
-        return None if text[0] in "ZX" else float(text[19])
+        ended = text[0] == "X" or (text[0] == "Z" and int(text[17]) < 2)
+        return None if ended else float(text[19])
     except (OSError, IndexError):
         if proc.is_dir() and (proc / "self").exists():
             return None
@@ -94,10 +95,29 @@ def carrying(marker: str, proc: Path = Path("/proc")) -> dict[int, float]:
         pid, started = int(entry.name), start_time(int(entry.name), proc)
         if started is None:
             continue
-        with contextlib.suppress(OSError):
-            if wanted in (proc / entry.name / "environ").read_bytes().split(b"\0"):
-                found[pid] = started
+        if wanted in _environment(proc / entry.name):
+            found[pid] = started
     return found
+
+
+def _environment(process: Path) -> list[bytes]:
+    """The variables a process was executed with; of any of its threads where the main one has ended."""
+    try:
+        return (process / "environ").read_bytes().split(b"\0")
+    except ProcessLookupError:
+        for thread in _threads(process):
+            with contextlib.suppress(OSError):
+                return (thread / "environ").read_bytes().split(b"\0")
+    except OSError:
+        pass
+    return []
+
+
+def _threads(process: Path) -> list[Path]:
+    try:
+        return list((process / "task").iterdir())
+    except OSError:
+        return []
 
 
 def open_process(pid: int, started: float | None) -> int:
@@ -139,10 +159,9 @@ def runner_of(pid: int) -> str:
     """The run whose runner ``pid`` stems from, by its environment; empty if none or unknown."""
     if Path("/proc/self").exists():
         wanted = contract.ENV_RUNNER.encode() + b"="
-        with contextlib.suppress(OSError):
-            for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                if entry.startswith(wanted):
-                    return entry[len(wanted) :].decode(errors="replace")
+        for entry in _environment(Path(f"/proc/{pid}")):
+            if entry.startswith(wanted):
+                return entry[len(wanted) :].decode(errors="replace")
         return ""
     with contextlib.suppress(psutil.Error):
         return str(psutil.Process(pid).environ().get(contract.ENV_RUNNER, ""))
@@ -161,10 +180,12 @@ def descendants(pid: int) -> dict[int, float]:
         while waiting:
             process = waiting.pop()
             started = start_time(process.pid)
-            if started is not None and runner_of(process.pid) in ("", own):
+            if runner_of(process.pid) not in ("", own):
+                continue
+            if started is not None:
                 found[process.pid] = started
-                with contextlib.suppress(psutil.Error):
-                    waiting.extend(process.children())
+            with contextlib.suppress(psutil.Error):
+                waiting.extend(process.children())
     return found
 
 
@@ -214,8 +235,10 @@ def reap(
         found = carrying(marker)
         if session is not None:
             found |= in_session(session, session_started)
-        for pid in list(found):
-            found |= descendants(pid)
+        for pid, started in list(found.items()):
+            below = descendants(pid)
+            if start_time(pid) == started:  # or they may be below another one that has its pid now
+                found |= below
         found = {pid: started for pid, started in found.items() if pid not in spared}
         if not found:
             return sorted(killed)

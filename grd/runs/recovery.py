@@ -13,7 +13,7 @@ from datetime import datetime
 from grd import contract
 from grd.errors import ConfigurationError, RunNotFound
 from grd.files import LOCKS_UNSUPPORTED, atomic_write, take_lock
-from grd.runs import notebook_journal, store
+from grd.runs import last_word, notebook_journal, reserve, store
 from grd.runs.events import EventLog, view_of
 from grd.runs.folder import RunFolder, process_marker
 from grd.runs.liveness import HEARTBEAT_SECONDS, heartbeat_age, needs_recovery
@@ -90,6 +90,9 @@ def end_at_once(folder: RunFolder) -> None:
 def _as_lost(folder: RunFolder, record: RunRecord, remark: str = "") -> RunRecord:
     if not needs_recovery(folder, record):
         return record
+    told = last_word.find(folder, record)
+    if told is not None:
+        return told
     cause, detail = _what_was_lost(record)
     detail += remark
     record.state, record.cause, record.detail = contract.INTERRUPTED, cause, detail
@@ -109,11 +112,13 @@ def _recover(folder: RunFolder, record: RunRecord) -> RunRecord:
     # The dead runner's kernel and its children first: a notebook that still runs may still write.
     if record.runner is None or record.runner.get("boot_id") == boot_id():
         reap(process_marker(record.run_id, record.attempt), wait_seconds=REAP_SECONDS)
-    record = _as_lost(folder, record)
+    told = last_word.find(folder, record)
+    record = told or _as_lost(folder, record)
     attempt = record.current
-    attempt.seconds = max(attempt.seconds, _seconds_between(attempt.started_at, record.ended_at))
-    used = float(record.budget.get("used_seconds") or 0.0)
-    record.budget["used_seconds"] = round(used + attempt.seconds, 3)
+    if told is None:
+        attempt.seconds = max(attempt.seconds, _seconds_between(attempt.started_at, record.ended_at))
+        used = float(record.budget.get("used_seconds") or 0.0)
+        record.budget["used_seconds"] = round(used + attempt.seconds, 3)
     record.note_processes({})
     paths = folder.attempt(record.attempt)
     with contextlib.suppress(OSError, ValueError, KeyError):
@@ -124,12 +129,13 @@ def _recover(folder: RunFolder, record: RunRecord) -> RunRecord:
         attempt.cells = notebook_journal.count_cells(notebook)
         atomic_write(paths.output, NotebookFile(notebook))
         paths.journal.unlink(missing_ok=True)
-    folder.reserve.unlink(missing_ok=True)
+    reserve.give_back(folder)
     with contextlib.suppress(OSError):
         log = EventLog(folder.events, record.attempt)
         log.write(contract.EVENT_STATE, state=record.state, cause=record.cause, recovered=True)
         log.close()
         store.save(folder, record)
+        last_word.forget(folder)
     return record
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from grd import contract
 from grd.errors import ConfigurationError, RunBusy, RunNotFound
 from grd.files import read_json, take_lock
-from grd.runs import store
+from grd.runs import leftovers, store
 from grd.runs.folder import RunFolder, run_folders
 from grd.runs.recovery import current_record, guardian_is_at_work
 
@@ -91,6 +91,8 @@ def _leftovers(folder: RunFolder) -> Iterator[tuple[Path, str]]:
         journal, output = attempt / "journal.jsonl", attempt / "output.ipynb"
         if journal.exists() and _is_complete(output):
             yield journal, "journal that is in its notebook"
+    for path in leftovers.half_written(folder):
+        yield path, "half-written by somebody who was killed"
     record = store.load(folder)
     checkpoints = Path(record.checkpoint_dir)
     for path in sorted(checkpoints.glob("superseded-*")):

@@ -122,9 +122,9 @@ def _profile_in_kernel(project_root: Path) -> dict[str, Any]:
                 f"the hardware notebook failed in its kernel: {one_line(f'{error.ename}: {error.evalue}')}; "
                 "install grd where kernel python3 runs: jupyter kernelspec list"
             ) from error
-        except (DeadKernelError, RuntimeError) as error:
+        except (DeadKernelError, RuntimeError, FileNotFoundError, PermissionError) as error:
             raise KernelUnavailable(
-                f"the kernel that profiles the hardware died or never started: {one_line(error)}; "
+                f"the kernel that profiles the hardware died or never started: {one_line(error, 700)}; "
                 "try: python -m ipykernel --version"
             ) from error
     return profile

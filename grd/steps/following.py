@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 from grd import contract
-from grd.errors import ConfigurationError, RunNotFound
+from grd.errors import ConfigurationError, ResourceUnavailable, RunNotFound
 from grd.runs import store
 from grd.runs.events import LiveView
 from grd.runs.folder import RunFolder
@@ -84,8 +84,11 @@ def is_under_way(folder: RunFolder, process: subprocess.Popen[bytes] | None = No
 def _pass_on(
     folder: RunFolder, signum: signal.Signals, *, again: bool, on_note: Callable[[str], None] | None
 ) -> None:
-    with contextlib.suppress(OSError):
-        ask_to_stop(folder, _REASONS[signum], at_once=again)
+    instead = None
+    with contextlib.suppress(ResourceUnavailable):
+        instead = ask_to_stop(folder, _REASONS[signum], at_once=again)
+    if on_note is not None and instead is not None:
+        on_note(instead)
     if on_note is not None:
         on_note(
             "killing the run"

@@ -6,6 +6,7 @@ Everything that can be wrong with the request is found before a kernel or a run 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import subprocess
@@ -17,12 +18,20 @@ from typing import Any
 
 import grd
 from grd import contract
-from grd.errors import ApprovalRequired, NotebookError, NotFoundError, ResumeError, RunBusy, UsageError
+from grd.errors import (
+    ApprovalRequired,
+    NotebookError,
+    NotFoundError,
+    ResourceUnavailable,
+    ResumeError,
+    RunBusy,
+    UsageError,
+)
 from grd.execution.launch import acquire, start_runner
 from grd.execution.notebooks import find_kernel, read_notebook
 from grd.execution.parameters import read_parameters_cell, resolve
 from grd.files import atomic_write, write_json
-from grd.runs import recovery, store
+from grd.runs import recovery, reserve, store
 from grd.runs.folder import RunFolder, new_run_id
 from grd.runs.liveness import needs_recovery
 from grd.runs.model import Attempt, RunRecord, now_iso, seconds_left
@@ -68,6 +77,7 @@ def research(
     kernel: str | None = None,
     checkpoint_dir: str | Path | None = None,
     grace: float | str | None = None,
+    start_timeout: float | str | None = None,
     max_output: int | str | None = None,
     runs_dir: str | Path | None = None,
     allow_unknown: bool = False,
@@ -80,7 +90,8 @@ def research(
 ) -> Run:
     """Run ``notebook`` to its end, or to an interruption; the `Run` tells which.
 
-    ``timeout`` (one attempt), ``budget`` (all attempts together) and ``grace`` are seconds or ``"30m"``.
+    ``timeout`` (one attempt), ``budget`` (all attempts together), ``grace`` and ``start_timeout`` (for the
+    kernel to answer after its start) are seconds or ``"30m"``.
     ``max_output`` is how much output the notebook keeps, in bytes or as ``"100MB"``.
     With ``wait=False`` it returns once the run has been started; the run outlives this process either way.
     ``key`` makes the call idempotent: the run that was started with it is attached to, resumed, or just
@@ -89,7 +100,12 @@ def research(
     is started or written.
     """
     root = find_project_root(Path.cwd())
-    settings, _ = load_settings(root, {"grace": grace, "max_output": max_output})
+    typed = {
+        "grace": read_seconds("--grace", grace),
+        "max_output": None if max_output is None else read_size("--max-output", max_output),
+        "start_timeout": read_seconds("--start-timeout", start_timeout),
+    }
+    settings, _ = load_settings(root, typed)
     request = check(str(notebook), parameters or {}, kernel=kernel, allow_unknown=allow_unknown)
     limits = read_limits(timeout, budget, settings)
     place = runs_folder(runs_dir)
@@ -110,7 +126,7 @@ def research(
             started = create()
             slot.assign(started.folder)
         else:
-            started = _go_on(known, request, key, timeout, budget, grace, max_output, on_note)
+            started = _go_on(known, request, key, timeout, budget, grace, start_timeout, max_output, on_note)
     return _see_to_end(started, wait, on_start, on_event, on_note)
 
 
@@ -121,6 +137,7 @@ def _go_on(
     timeout: float | str | None,
     budget: float | str | None,
     grace: float | str | None,
+    start_timeout: float | str | None,
     max_output: int | str | None,
     on_note: OnNote | None,
 ) -> Started:
@@ -152,6 +169,7 @@ def _go_on(
         more_time,
         more_budget,
         grace,
+        start_timeout,
         max_output,
         allow_unknown=True,
         on_note=on_note,
@@ -167,6 +185,7 @@ def resume(
     timeout: float | str | None = None,
     budget: float | str | None = None,
     grace: float | str | None = None,
+    start_timeout: float | str | None = None,
     max_output: int | str | None = None,
     runs_dir: str | Path | None = None,
     allow_unknown: bool = False,
@@ -192,6 +211,7 @@ def resume(
         timeout,
         budget,
         grace,
+        start_timeout,
         max_output,
         allow_unknown=allow_unknown,
         now=now,
@@ -208,6 +228,7 @@ def _resume(
     timeout: float | str | None,
     budget: float | str | None,
     grace: float | str | None,
+    start_timeout: float | str | None,
     max_output: int | str | None,
     *,
     allow_unknown: bool,
@@ -221,10 +242,14 @@ def _resume(
     lock = acquire(folder)
     try:
         record = store.load(folder)
+        if record.state in (contract.RUNNING, contract.QUEUED):
+            raise OSError(errno.ENOSPC, "the end of its last attempt could not be written")
         changes = _apply_changes(
             folder, record, parameters, notebook, from_epoch, allow_unknown=allow_unknown
         )
         _apply_limits(record, changes, timeout, budget, grace)
+        if start_timeout is not None:
+            record.start_timeout = read_seconds("--start-timeout", start_timeout) or record.start_timeout
         if max_output is not None:
             record.max_output = read_size("--max-output", max_output)
         _check_resumable(record, changes)
@@ -240,15 +265,24 @@ def _resume(
         record.attempt, record.lineage = attempt.number, attempt.lineage
         record.attempts.append(attempt)
         record.state, record.cause, record.detail = contract.QUEUED, None, None
+        record.runner = None  # the last attempt's: this one has none yet, on whatever machine
         record.grd_version = grd.__version__
+        # Before anything is changed: an attempt that finds no room could not even tell of its end.
+        reserve.take(folder)
         paths = folder.attempt(attempt.number)
         paths.path.mkdir(parents=True, exist_ok=True)
         if edited is not None:
             atomic_write(paths.input, edited)
         _point_out_changed_original(record, edited is not None, on_note)
         store.save(folder, record)
-    except BaseException:
+    except BaseException as error:
+        reserve.give_back(folder)
         os.close(lock)
+        if isinstance(error, OSError):
+            raise ResourceUnavailable(
+                f"{folder.run_id} cannot be resumed now: {error.strerror or error}; "
+                f"make {folder.path} writable, with space left, then: grd resume {folder.run_id}"
+            ) from None
         raise
     return _launch(folder, attempt.number, lock)
 
@@ -272,6 +306,25 @@ def _await_guardian(folder: RunFolder, now: bool, on_note: OnNote | None) -> Non
         time.sleep(0.1)
 
 
+def _reserve(runs_dir: Path, name: str) -> tuple[RunFolder, RunFolder]:
+    """A run folder that nobody else has or will take, and the one it is made in, which exists then."""
+    while True:
+        run_id = new_run_id(name)
+        folder, staging = RunFolder(runs_dir / run_id), RunFolder(runs_dir / f".new-{run_id}")
+        try:
+            staging.path.mkdir(parents=True)
+        except FileExistsError:
+            if not runs_dir.is_dir():
+                raise UsageError(f"no run folder can be made in {runs_dir}: it is no folder") from None
+            continue
+        except OSError as error:
+            raise UsageError(f"no run folder can be made in {runs_dir}: {error.strerror or error}") from None
+        # Whoever has the staging folder has the name, until it becomes the run folder; then that is there.
+        if not folder.path.exists():
+            return folder, staging
+        staging.path.rmdir()
+
+
 def _create(
     request: Request,
     settings: Settings,
@@ -288,11 +341,10 @@ def _create(
     run for one whose runner is gone.
     """
     shown_name = name or Path(request.source.location.split("?")[0]).stem
-    run_id = new_run_id(shown_name)
-    while (runs_dir / run_id).exists():
-        run_id = new_run_id(shown_name)
-    folder = RunFolder(runs_dir / run_id)
-    checkpoints = Path(checkpoint_dir).expanduser().resolve() if checkpoint_dir else folder.checkpoints
+    elsewhere = Path(checkpoint_dir).expanduser().resolve() if checkpoint_dir else None
+    folder, staging = _reserve(runs_dir, shown_name)
+    run_id = folder.run_id
+    checkpoints = elsewhere or folder.checkpoints
     record = RunRecord(
         run_id=run_id,
         name=shown_name,
@@ -329,13 +381,13 @@ def _create(
             )
         ],
     )
-    staging = RunFolder(runs_dir / f".new-{run_id}")
     try:
         staging.attempt(1).path.mkdir(parents=True)
         checkpoints_here = staging.checkpoints if checkpoint_dir is None else checkpoints
         checkpoints_here.mkdir(parents=True, exist_ok=True)
         atomic_write(staging.input, request.source.text)
         write_json(staging.record, record.to_dict())
+        reserve.take(staging)
         lock = acquire(staging)
         try:
             staging.path.rename(folder.path)

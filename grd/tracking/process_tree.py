@@ -42,6 +42,22 @@ def tree_pids(root: int) -> list[int]:
     return found
 
 
+def started_at(pid: int) -> float | None:
+    """When ``pid`` was started, in a unit of the system's; None if there is no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+        return float(stat[19])
+    except (OSError, IndexError):
+        if Path("/proc/self/stat").exists():
+            return None
+    import psutil
+
+    try:
+        return float(psutil.Process(pid).create_time())
+    except psutil.Error:
+        return None
+
+
 def high_water_bytes(pid: int) -> int | None:
     """The highest RSS of one process since its start, or since `reset_high_water`; None if unknown."""
     try:

@@ -20,6 +20,7 @@ from grd.tracking.process_tree import (
     measure_tree,
     reset_high_water,
     shared_out_bytes,
+    started_at,
 )
 
 MEBIBYTE = 1024**2
@@ -136,6 +137,7 @@ class ResourceTracker:
     def __init__(self, process: Any = None, gpu_index: int | None = 0) -> None:
         self.pid = _pid_of(process)
         self.peak_bytes = 0
+        self._started: float | None = None
         self._marks_before: dict[int, int] = {}
         self._gpu_index = gpu_index
         self._gpu_peak: float | None = None
@@ -152,6 +154,7 @@ class ResourceTracker:
                 reset_high_water()
             _active.append(self)
         self._usage, self._done = None, threading.Event()
+        self._started = started_at(self.pid)
         use = measure_tree(self.pid)
         # A mark that was reached before this began is none of its own; only one that rises is.
         self._marks_before = dict(use.marks)
@@ -208,6 +211,8 @@ class ResourceTracker:
             use = measure_tree(self.pid)
         except (OSError, ValueError):
             return  # it has ended: what was seen last stands
+        if started_at(self.pid) != self._started:
+            return  # its pid is another process's now
         risen = [mark for pid, mark in use.marks.items() if mark > self._marks_before.get(pid, 0)]
         known = max([*risen, *use.sizes.values()])
         if shared and len(use.pids) > 1:

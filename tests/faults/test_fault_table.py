@@ -1,288 +1,193 @@
-"""Fault x moment: whatever kills a run, and whenever, the same invariants hold afterwards."""
+"""Fault x moment: whatever strikes a run, and whenever, the same invariants hold afterwards."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import secrets
 import signal
-import subprocess
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
-import nbformat
-import psutil
 import pytest
-from conftest import Project, wait_until
-
-from grd.files import is_locked
+from conftest import Project, cannot_be_had, wait_until
+from disks import Disk, mounted
+from invariants import (
+    Before,
+    known_processes,
+    no_scraps,
+    notebook_is_whole,
+    nothing_is_alive,
+    nothing_is_locked,
+    record_and_events_agree,
+)
+from moments import (
+    BEFORE_THE_FIRST_CELL,
+    CLEANUP,
+    MOMENTS,
+    SAVED_WITHIN_SECONDS,
+    children,
+    prepare,
+    release,
+    said_before,
+)
+from strikes import FAULTS, SIGNALS, Fault, clock_environment, hang_up, now
 
 pytestmark = pytest.mark.faults
 
-PARAMETERS = "timeout = None\ncheckpoint_dir = ''\nresume = False"
+ALL = {**FAULTS, **SIGNALS}
+EVERY_MOMENT = (
+    BEFORE_THE_FIRST_CELL,
+    "silent cell",
+    "printing cell",
+    "5 MB of output being saved",
+    "checkpoint being saved",
+    CLEANUP,
+)
+STUBBORN = ("cell holding the GIL", "cell swallowing interrupts")
+AGAINST_STUBBORN = (
+    "kernel SIGKILL", "runner SIGTERM", "runner SIGINT", "runner SIGKILL", "runner SIGSTOP",
+    "everyone SIGTERM", "deadline",
+)  # fmt: skip
 
-# --- moments: a cell that lasts, until it is resumed --------------------------------------------------------
-
-SILENT = "import time\nprint('here', flush=True)\nif not resume:\n    time.sleep(600)"
-PRINTING = """
-import time
-print('here', flush=True)
-n = 0
-while not resume and n < 10**7:
-    n += 1
-    print('line', n, flush=n % 50 == 0)
-    if n % 200 == 0:
-        time.sleep(0.01)
-"""
-HOLDING_THE_GIL = """
-import re, time
-print('here', flush=True)
-if not resume:
-    time.sleep(0.5)  # the kernel's own threads cannot send what was printed while the GIL is held
-    open('holding', 'w').close()
-    re.match('(a+)+b', 'a' * 60)
-"""
-SWALLOWING = """
-import time
-print('here', flush=True)
-while not resume:
-    try:
-        time.sleep(1)
-    except KeyboardInterrupt:
-        pass
-"""
-TRAINING = """
-import time
-from grd.experiment import training
-for epoch in training.epochs(8, state={}, checkpoint_dir=checkpoint_dir, resume=resume):
-    time.sleep(0.05 if resume else 0.5)
-    print('here', int(epoch), flush=True)
-    epoch.log(value=float(epoch))
-"""
-SAVING = """
-import time, os, random
-from grd.experiment import training
-state = {"blob": random.Random(0).randbytes(60_000_000), "seen": 0}
-last = 5 if resume else 500
-for epoch in training.epochs(last, state=state, checkpoint_dir=checkpoint_dir, resume=resume, every=1):
-    state["seen"] += 1
-    print('here', flush=True)
-"""
-
-
-def a_cell_prints(project: Project) -> None:
-    project.wait_for_output("here")
-
-
-def the_gil_is_held(project: Project) -> None:
-    a_cell_prints(project)
-    wait_until((project.path / "holding").exists, "the cell to hold the GIL")
-
-
-def the_kernel_is_starting(project: Project) -> None:
-    wait_until(lambda: project.record()["kernel_pid"], "the kernel's pid")
-
-
-def a_checkpoint_is_being_written(project: Project) -> None:
-    a_cell_prints(project)
-
-    def temporary() -> bool:
-        with contextlib.suppress(OSError):
-            names = [path.name for path in (project.only_run() / "checkpoints").iterdir()]
-            return any(name.startswith(".") for name in names) and any("checkpoint_epoch" in n for n in names)
-        return False
-
-    wait_until(temporary, "a checkpoint's temporary file")
-
-
-@dataclass(frozen=True)
-class Moment:
-    cell: str
-    reached: Callable[[Project], None]
-
-
-MOMENTS = {
-    "kernel starting": Moment(SILENT, the_kernel_is_starting),
-    "silent cell": Moment(SILENT, a_cell_prints),
-    "printing cell": Moment(PRINTING, a_cell_prints),
-    "cell holding the GIL": Moment(HOLDING_THE_GIL, the_gil_is_held),
-    "cell swallowing interrupts": Moment(SWALLOWING, a_cell_prints),
-    "training": Moment(TRAINING, a_cell_prints),
-    "saving a checkpoint": Moment(SAVING, a_checkpoint_is_being_written),
+IMPOSSIBLE = {
+    ("MemoryError", BEFORE_THE_FIRST_CELL),  # there is no cell to raise it
 }
-
-# --- faults ---------------------------------------------------------------------------------------------
-
-
-def _runner(project: Project) -> int:
-    return int(project.record()["runner"]["pid"])
-
-
-def _kernel(project: Project) -> int:
-    return int(project.record()["kernel_pid"])
-
-
-def to_runner(signum: int) -> Callable[[Project, subprocess.Popen[str]], None]:
-    return lambda project, process: os.kill(_runner(project), signum)
-
-
-def to_kernel(signum: int) -> Callable[[Project, subprocess.Popen[str]], None]:
-    return lambda project, process: os.kill(_kernel(project), signum)
-
-
-def to_everyone(signum: int, *, follower: bool = True) -> Callable[[Project, subprocess.Popen[str]], None]:
-    """As scancel, systemd and docker stop do."""
-
-    def send(project: Project, process: subprocess.Popen[str]) -> None:
-        tree = [process.pid, _runner(project)] if follower else [_runner(project)]
-        tree += [child.pid for child in psutil.Process(_runner(project)).children(recursive=True)]
-        for pid in tree:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signum)
-
-    return send
-
-
-def twice(signum: int) -> Callable[[Project, subprocess.Popen[str]], None]:
-    """The second comes while the first stop is under way; it must not spoil the saving."""
-
-    def send(project: Project, process: subprocess.Popen[str]) -> None:
-        runner = _runner(project)
-        os.kill(runner, signum)
-        project.wait_for_event("stop", stage=0)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(runner, signum)
-
-    return send
-
-
-def again_while_stopping(first: int, second: int) -> Callable[[Project, subprocess.Popen[str]], None]:
-    """Another signal, to every process, while the first stop is under way."""
-
-    def send(project: Project, process: subprocess.Popen[str]) -> None:
-        os.kill(_runner(project), first)
-        project.wait_for_event("stop", stage=0)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            to_everyone(second, follower=False)(project, process)
-
-    return send
-
-
-def hang_up(project: Project, process: subprocess.Popen[str]) -> None:
-    """The terminal is closed: the command ends, the run does not, until somebody asks."""
-    process.send_signal(signal.SIGHUP)
-    process.wait(60)
-    assert project.grd("status", "last", "--json").json["state"] == "running"
-    assert project.grd("stop", "last").code == 0
-
-
-def nothing(project: Project, process: subprocess.Popen[str]) -> None:
-    """The deadline does it."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    strike: Callable[[Project, subprocess.Popen[str]], None]
-    cause: str
-    options: tuple[str, ...] = ("--timeout", "5m", "--grace", "8s")
-
-
-FAULTS = {
-    "kernel SIGKILL": Fault(to_kernel(signal.SIGKILL), "kernel_died"),
-    "kernel SIGSEGV": Fault(to_kernel(signal.SIGSEGV), "kernel_died"),
-    "runner SIGTERM": Fault(to_runner(signal.SIGTERM), "sigterm"),
-    "runner SIGINT": Fault(to_runner(signal.SIGINT), "sigint"),
-    "runner SIGHUP": Fault(to_runner(signal.SIGHUP), "sighup"),
-    "runner SIGUSR1": Fault(to_runner(signal.SIGUSR1), "preempted"),
-    "runner SIGUSR2": Fault(to_runner(signal.SIGUSR2), "preempted"),
-    "runner SIGTERM twice": Fault(twice(signal.SIGTERM), "sigterm"),
-    "runner SIGINT twice": Fault(twice(signal.SIGINT), "sigint"),
-    "follower SIGTERM": Fault(lambda project, process: process.terminate(), "sigterm"),
-    "runner SIGKILL": Fault(to_runner(signal.SIGKILL), "runner_lost"),
-    "everyone SIGTERM": Fault(to_everyone(signal.SIGTERM), "sigterm"),
-    "everyone SIGINT": Fault(to_everyone(signal.SIGINT), "sigint"),
-    "everyone SIGHUP": Fault(to_everyone(signal.SIGHUP, follower=False), "sighup"),
-    "everyone SIGUSR1": Fault(to_everyone(signal.SIGUSR1, follower=False), "preempted"),
-    "everyone SIGUSR2": Fault(to_everyone(signal.SIGUSR2, follower=False), "preempted"),
-    "runner SIGHUP twice": Fault(twice(signal.SIGHUP), "sighup"),
-    "runner SIGUSR1 twice": Fault(twice(signal.SIGUSR1), "preempted"),
-    "runner SIGUSR2 twice": Fault(twice(signal.SIGUSR2), "preempted"),
-    "everyone SIGTERM during a stop": Fault(
-        again_while_stopping(signal.SIGUSR1, signal.SIGTERM), "preempted"
-    ),
-    "everyone SIGINT during a stop": Fault(again_while_stopping(signal.SIGTERM, signal.SIGINT), "sigterm"),
-    "everyone SIGUSR1 during a stop": Fault(again_while_stopping(signal.SIGTERM, signal.SIGUSR1), "sigterm"),
-    "everyone SIGUSR2 during a stop": Fault(again_while_stopping(signal.SIGHUP, signal.SIGUSR2), "sighup"),
-    "everyone SIGHUP during a stop": Fault(again_while_stopping(signal.SIGTERM, signal.SIGHUP), "sigterm"),
-    "follower SIGHUP, then stop": Fault(hang_up, "stopped"),
-    "follower SIGINT": Fault(lambda project, process: process.send_signal(signal.SIGINT), "sigint"),
-    "deadline": Fault(nothing, "deadline", ("--timeout", "4s", "--grace", "8s")),
-}
-
-AT_ONE_MOMENT = [
-    fault for fault in FAULTS if "twice" in fault or "during" in fault or "follower SIG" in fault
-]
-"""Rows that are tried in a training only, unless they are older: what differs is the signal, not the cell."""
-
 CASES = [
-    (fault, moment)
-    for fault in FAULTS
-    for moment in MOMENTS
-    if moment == "training"
-    or fault not in AT_ONE_MOMENT
-    or fault in ("runner SIGTERM twice", "runner SIGINT twice", "follower SIGTERM")
+    *((fault, moment) for fault in FAULTS for moment in EVERY_MOMENT if (fault, moment) not in IMPOSSIBLE),
+    *((fault, moment) for fault in AGAINST_STUBBORN for moment in STUBBORN),
+    *((fault, "training") for fault in SIGNALS),
+    *((fault, "training") for fault in ("runner SIGTERM", "runner SIGKILL", "deadline")),
+    *((fault, "checkpoint being saved") for fault in SIGNALS if "twice" in fault),
 ]
 
-START_FAILS = {("kernel SIGKILL", "kernel starting"), ("kernel SIGSEGV", "kernel starting")}
-"""A kernel that dies before it has answered has not started: a failure, not an interruption."""
+MEMORY_CGROUP = Path("/sys/fs/cgroup/memory")
+MEMORY_LIMIT_BYTES = 400_000_000
 
 
-def check_invariants(project: Project, fault: str, moment: str) -> None:
-    """What must hold after any fault at any moment."""
-    run = project.only_run()
-    shown = project.grd("status", run.name, "--json").json
-    expected = (
-        ("failed", "start_failed") if (fault, moment) in START_FAILS else ("interrupted", FAULTS[fault].cause)
-    )
-    assert (shown["state"], shown["cause"]) == expected
-    assert shown["resumable"] and shown["resume_command"]
-    assert shown == project.record(run), "status and run.json disagree"
-    states = [event["state"] for event in project.events(run) if event["kind"] == "state"]
-    assert states[-1] == shown["state"], "events and run.json disagree"
-    assert not is_locked(run / "runner.lock")
-    wait_until(lambda: project.processes() == [], "the end of every process of the run", 2 + 2)
-    output = run / "output.ipynb"
-    if output.exists():
-        _check_notebook(output, moment)
+def expected_end(name: str, moment: str) -> tuple[str, set[str], int]:
+    """State, causes that are true, and the exit code of the command that followed the run."""
+    fault = ALL[name]
+    if moment == CLEANUP and name != "runner SIGKILL":
+        return "interrupted", {"stopped"}, 75  # that was asked first, and decides
+    if moment == BEFORE_THE_FIRST_CELL and fault.kernel_alone:
+        return "failed", {"start_failed"}, 69
+    if fault.cause == "disk_full" and moment in ("silent cell", BEFORE_THE_FIRST_CELL):
+        # nothing is lost while nothing is said; who stops it may find no room for the request itself
+        return "interrupted", {"stopped", "sigterm", "disk_full"}, 75
+    return fault.state, {fault.cause}, 1 if fault.state == "failed" else 75
 
 
-def _check_notebook(output: Path, moment: str) -> None:
-    notebook = nbformat.reads(output.read_text(), as_version=4)
-    nbformat.validate(notebook)
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    statuses = [cell.metadata.papermill.status for cell in cells]
-    assert statuses[-1] == "pending", f"a cell that never ran is called {statuses[-1]}"
-    if moment != "kernel starting":
-        assert statuses[-2] in ("interrupted", "failed", "completed")
-        assert "here" in json.dumps([cell.get("outputs") for cell in cells]), "an output is lost"
+@contextlib.contextmanager
+def memory_cgroup() -> Iterator[Path]:
+    """A memory cgroup of the test's own with a limit."""
+    cgroup = MEMORY_CGROUP / f"grd-test-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        cgroup.mkdir()
+        (cgroup / "memory.limit_in_bytes").write_text(str(MEMORY_LIMIT_BYTES))
+    except OSError as error:
+        cannot_be_had(f"a memory cgroup cannot be made here: {error}")
+    try:
+        yield cgroup
+    finally:
+        wait_until(lambda: not (cgroup / "cgroup.procs").read_text(), "the cgroup to be empty")
+        cgroup.rmdir()
+
+
+@pytest.fixture
+def disk(request: pytest.FixtureRequest, project: Project, tmp_path: Path) -> Iterator[Disk | None]:
+    """The file system that the fault strikes, with the project's runs on it."""
+    kind = ALL[request.getfixturevalue("fault")].disk
+    if kind is None:
+        yield None
+        return
+    with mounted(kind, tmp_path / "disk") as made:
+        (made.folder / "runs").mkdir()
+        project.runs_dir.symlink_to(made.folder / "runs")
+        yield made
+
+
+def strike(fault: Fault, disk: Disk | None, project: Project, process: object, moment: str) -> None:
+    """Let the fault happen, and what follows it where nothing else would end the run."""
+    if disk is not None:
+        disk.strike()
+        release(project)
+        if fault.cause == "disk_full" and moment in ("silent cell", BEFORE_THE_FIRST_CELL):
+            stopped = project.grd("stop", "last")
+            assert "Traceback" not in stopped.err, stopped.err
+    else:
+        fault.strike(project, process)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("fault", "moment"), CASES)
-def test_a_run_is_whole_and_resumable_after(project: Project, fault: str, moment: str) -> None:
-    project.notebook("run.ipynb", MOMENTS[moment].cell, "print('the end')", parameters=PARAMETERS)
-    process = project.start("research", "run.ipynb", *FAULTS[fault].options)
-    MOMENTS[moment].reached(project)
-    FAULTS[fault].strike(project, process)
-    stopped = project.finish(process)
-    if FAULTS[fault].strike is hang_up:
-        assert stopped.code == -signal.SIGHUP
-    else:
-        assert stopped.code == (69 if (fault, moment) in START_FAILS else 75), stopped.err
-    assert "Traceback" not in stopped.err
-    check_invariants(project, fault, moment)
-    resumed = project.grd("resume", "last", "--timeout", "5m", "--json")
-    assert resumed.code == 0, resumed.err
-    assert resumed.json["state"] == "completed"
-    assert project.grd("logs", "last").out.endswith("the end\n")
+def test_a_run_is_whole_and_resumable_after(
+    project: Project, fault: str, moment: str, disk: Disk | None
+) -> None:
+    kind = ALL[fault]
+    if kind.clock:
+        project.environment |= clock_environment(project)
+    if disk is not None:
+        project.environment |= {"CHECKPOINT_BYTES": "15_000_000", "GRD_CHECKPOINT_BUDGET": "40MB"}
+    with memory_cgroup() if kind.memory_limit else contextlib.nullcontext() as cgroup:
+        end_as_expected(project, fault, moment, disk, cgroup)
+    if not kind.record_is_gone:
+        for name in ("do-exit", "do-memory", "do-allocate"):
+            (project.path / name).unlink(missing_ok=True)
+        resumed = project.grd("resume", "last", "--timeout", "5m", "--json")
+        assert resumed.code == 0, resumed.err
+        assert resumed.json["state"] == "completed"
+        assert project.grd("logs", "last").out.endswith("the end\n")
+        no_scraps(project.only_run())
     assert project.processes() == []
+
+
+def end_as_expected(
+    project: Project, fault: str, moment: str, disk: Disk | None, cgroup: Path | None
+) -> None:
+    """Start, reach the moment, strike, and check everything that can be seen afterwards."""
+    kind = ALL[fault]
+    prepare(project, moment)
+    options = ("--timeout", kind.timeout, "--grace", MOMENTS[moment].grace)
+    process = project.start("research", "run.ipynb", *options, cgroup=cgroup)
+    MOMENTS[moment].reached(project)
+    processes = known_processes(project, children(project))
+    run, struck = project.only_run(), now()
+    strike(kind, disk, project, process, moment)
+    release(project)
+    ended = project.finish(process)
+    before = Before(run, processes, said_before(project, struck - SAVED_WITHIN_SECONDS))
+    assert "Traceback" not in ended.err, ended.err
+    if kind.record_is_gone:
+        assert ended.code == 66, ended.err
+        nothing_is_alive(project, before)
+        assert project.run_folders() == []
+        return
+    state, causes, code = expected_end(fault, moment)
+    if kind.strike is hang_up:
+        code = -signal.SIGHUP
+    assert ended.code == code, ended.err
+    told = project.grd("status", run.name, "--json")
+    assert (told.json["state"], told.json["cause"] in causes) == (state, True), told.json["cause"]
+    nothing_is_alive(project, before)
+    if disk is not None:
+        disk.repair()
+    record_and_events_agree(project, run, state, causes)
+    nothing_is_locked(run)
+    cells_ran = moment != BEFORE_THE_FIRST_CELL
+    notebook_is_whole(run, before, cells_ran=cells_ran)
+
+
+def test_a_clock_that_was_set_back_prolongs_nothing_and_no_duration_is_negative(project: Project) -> None:
+    project.environment |= clock_environment(project)
+    prepare(project, "silent cell")
+    began = time.monotonic()
+    process = project.start("research", "run.ipynb", "--timeout", "15s", "--grace", "5s")
+    MOMENTS["silent cell"].reached(project)
+    (project.path / "clock").write_text("-3600")
+    ended = project.finish(process)
+    assert ended.code == 75, ended.err
+    record = project.record()
+    assert record["ended_at"] < record["started_at"], "the clock was not set back: the test shows nothing"
+    assert 14 < record["attempts"][0]["seconds"] < time.monotonic() - began
+    assert record["budget"]["used_seconds"] == record["attempts"][0]["seconds"]

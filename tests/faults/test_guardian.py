@@ -263,3 +263,18 @@ def test_the_kernel_is_the_first_to_go_when_memory_runs_out(project: Project) ->
     assert score(processes["kernel"]) > score(processes["runner"])
     assert score(processes["guardian"]) == score(processes["runner"])
     assert project.grd("stop", "last", "--now").code == 0
+
+
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        ("os.kill(os.getpid(), 9)", "killed by SIGKILL"),
+        ("os.kill(os.getpid(), 11)", "killed by SIGSEGV"),
+        ("os._exit(3)", "exit code 3"),
+    ],
+)
+def test_what_ended_the_kernel_is_told_as_it_was(project: Project, cell: str, said: str) -> None:
+    project.notebook("run.ipynb", f"import os\n{cell}")
+    ended = project.grd("research", "run.ipynb", "--json")
+    assert (ended.code, ended.json["cause"]) == (75, "kernel_died")
+    assert f"the kernel died in cell 0: {said}" in ended.json["detail"]

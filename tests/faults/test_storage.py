@@ -6,13 +6,14 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import Project
+from conftest import Project, wait_until
 
 pytestmark = pytest.mark.faults
 
@@ -77,3 +78,79 @@ def test_a_run_whose_folder_is_deleted_ends_and_leaves_nothing(project: Project)
     assert gone.code == 66, gone.err
     assert "Traceback" not in gone.err
     assert project.run_folders() == []
+
+
+def fill(folder: Path) -> Path:
+    """Take every block that is left; returns the file that holds them."""
+    filler = folder / "filler"
+    with open(filler, "ab", buffering=0) as stream:
+        for size in (65_536, 4_096):
+            with contextlib.suppress(OSError):
+                while stream.write(b"x" * size) == size:
+                    pass
+    return filler
+
+
+WAITING = "import time\nprint('here', flush=True)\ntime.sleep(0 if resume else 600)"
+
+
+def test_a_resume_that_finds_no_room_is_refused_and_changes_nothing(
+    project: Project, small_disk: Path
+) -> None:
+    runs = small_disk / "runs"
+    project.notebook("run.ipynb", WAITING, parameters=PARAMETERS)
+    started = project.grd(
+        "research", "run.ipynb", "--detach", "--json", "--timeout", "10m", "--runs-dir", runs
+    )
+    run = Path(started.json["folder"])
+    assert project.grd("stop", "last", "--runs-dir", runs).code == 0
+    filler = fill(small_disk)
+    before = sorted((path, path.stat().st_size) for path in run.rglob("*"))
+    refused = project.grd("resume", "last", "--runs-dir", runs)
+    assert refused.code == 69
+    assert "No space left" in refused.err and f"grd resume {run.name}" in refused.err
+    assert "Traceback" not in refused.err
+    assert sorted((path, path.stat().st_size) for path in run.rglob("*")) == before
+    assert project.grd("status", "last", "--json", "--runs-dir", runs).json["attempt"] == 1
+    filler.unlink()
+    assert project.grd("resume", "last", "--runs-dir", runs).code == 0
+
+
+def test_an_end_that_finds_no_room_is_told_at_once_and_stored_later(
+    project: Project, small_disk: Path
+) -> None:
+    runs = small_disk / "runs"
+    project.notebook("run.ipynb", WAITING, parameters=PARAMETERS)
+    started = project.grd(
+        "research", "run.ipynb", "--detach", "--json", "--timeout", "10m", "--runs-dir", runs
+    )
+    run = Path(started.json["folder"])
+    wait_until(lambda: "here" in project.grd("logs", "last", "--runs-dir", runs).out, "the cell")
+    processes = [project.record(run)["runner"], *project.record(run)["processes"].values()]
+    for who in processes:
+        os.kill(who["pid"], signal.SIGKILL)
+    (run / "reserve").unlink()
+    filler = fill(small_disk)
+    shown = project.grd("status", "last", "--json", "--runs-dir", runs).json
+    assert (shown["state"], shown["cause"]) == ("interrupted", "runner_lost")
+    assert project.record(run)["state"] == "running", "it found room after all"
+    assert project.grd("resume", "last", "--runs-dir", runs).code == 69
+    filler.unlink()
+    assert project.grd("resume", "last", "--runs-dir", runs).code == 0
+    assert [a["state"] for a in project.record(run)["attempts"]] == ["interrupted", "completed"]
+
+
+def test_a_disk_that_fills_up_before_the_first_cell_is_the_cause_that_is_told(
+    project: Project, small_disk: Path
+) -> None:
+    runs = small_disk / "runs"
+    project.notebook("run.ipynb", "print('here', flush=True)", parameters=PARAMETERS)
+    process = project.start("research", "run.ipynb", "--timeout", "10m", "--runs-dir", runs, "--json")
+    reserve = "*/reserve"
+    wait_until(lambda: list(runs.glob(reserve)), "the run's folder")
+    fill(small_disk)
+    stopped = project.finish(process)
+    assert "Traceback" not in stopped.err
+    assert (stopped.code, stopped.json["cause"]) == (75, "disk_full"), stopped.json
+    (small_disk / "filler").unlink()
+    assert project.grd("resume", "last", "--runs-dir", runs).code == 0

@@ -30,6 +30,8 @@ _COMMANDS = {
     "hardware": ("grd.interfaces.cli.machine", "hardware", "Show this machine's profile; compare machines."),
     "gpus": ("grd.interfaces.cli.machine", "gpus", "What each GPU is doing now."),
     "benchmark": ("grd.interfaces.cli.machine", "benchmark", "Measure this machine for five seconds."),
+    "recover": ("grd.interfaces.cli.recover", "recover", "Rebuild a notebook whose papermill was killed."),
+    "kernelspec": ("grd.interfaces.cli.kernelspec", "kernelspec", "A kernel for tools without engines."),
     "config": ("grd.interfaces.cli.config", "config", "The settings in force and where they come from."),
 }
 

@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Protocol
 
 import click
 
 from grd import contract
 from grd.runs.events import LiveView
+from grd.runs.folder import RunFolder
 from grd.settings import format_duration
 
 PLAIN_SECONDS = 10.0
@@ -163,6 +165,8 @@ def line_of(event: dict[str, Any]) -> str | None:
         return f"resumed from the checkpoint of {_position(event)}"
     if kind == contract.EVENT_WARNING:
         return f"warning: {event.get('message')}"
+    if kind == contract.EVENT_STATE and event.get("cause") == contract.START_FAILED:
+        return f"{state_text(event)}: {event.get('detail')}"
     if kind == contract.EVENT_STOP and event.get("stage") == 0:
         return f"stopping: {event.get('reason')}"
     if kind == contract.EVENT_STOP and event.get("stage") == 3:
@@ -228,6 +232,8 @@ def describe_end(shown: dict[str, Any]) -> list[str]:
     if shown.get("checkpoint"):
         lines.append(f"  checkpoint  {_position(shown['checkpoint'])}: {shown['checkpoint'].get('path')}")
     lines.append(f"  folder      {shown['folder']}")
+    if shown.get("cause") == contract.START_FAILED:
+        lines.append(f"  log         {RunFolder(Path(shown['folder'])).attempt(shown['attempt']).log}")
     if shown.get("state") == contract.RUNNING and shown.get("runner"):
         silent = shown.get("heartbeat_seconds") or 0.0
         hung = f", silent for {format_duration(silent)}: stopped or hung?" if silent > SILENT_SECONDS else ""

@@ -80,6 +80,11 @@ def _limit_options(command: Command) -> Command:
             "--grace", metavar="TIME", help="From a stop request to the kill, time to save. Default: 30s."
         ),
         click.option(
+            "--start-timeout",
+            metavar="TIME",
+            help="Time for the kernel to answer after its start. Default: 1m.",
+        ),
+        click.option(
             "--max-output",
             metavar="SIZE",
             help="Output the notebook keeps: its first and last half. Default: 100MB.",
@@ -124,6 +129,7 @@ def research(
     timeout: str | None,
     budget: str | None,
     grace: str | None,
+    start_timeout: str | None,
     max_output: str | None,
     runs_dir: str | None,
     as_json: bool,
@@ -157,6 +163,7 @@ def research(
         key=key,
         on_end=on_end,
         grace=grace,
+        start_timeout=start_timeout,
         max_output=max_output,
         runs_dir=runs_dir,
         allow_unknown=allow_unknown,
@@ -194,6 +201,7 @@ def resume(
     timeout: str | None,
     budget: str | None,
     grace: str | None,
+    start_timeout: str | None,
     max_output: str | None,
     runs_dir: str | None,
     as_json: bool,
@@ -230,6 +238,7 @@ def resume(
             timeout=timeout,
             budget=budget,
             grace=grace,
+            start_timeout=start_timeout,
             max_output=max_output,
             runs_dir=runs_dir,
             allow_unknown=allow_unknown,

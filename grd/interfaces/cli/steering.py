@@ -45,7 +45,9 @@ def stop(names: tuple[str, ...], now: bool, no_wait: bool, runs_dir: str | None,
     asked = []
     for folder in folders:
         if is_under_way(folder):
-            ask_to_stop(folder, contract.STOPPED, at_once=now)
+            instead = ask_to_stop(folder, contract.STOPPED, at_once=now)
+            if instead is not None:
+                say(instead)
             asked.append(folder)
         else:
             say(f"{folder.run_id} is not running")
