@@ -153,7 +153,7 @@ def test_the_timeout_bounds_one_attempt_and_the_budget_all_of_them(project: Proj
     assert third.code == 77
     assert "grd resume" in third.err and "--budget" in third.err
     assert project.record()["attempt"] == 2
-    fourth = project.grd("resume", "last", "--budget", "8s", "--json")
+    fourth = project.grd("resume", "last", "--budget", "40s", "--json")
     assert (fourth.code, fourth.json["attempt"]) == (75, 3)
 
 

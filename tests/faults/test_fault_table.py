@@ -154,8 +154,10 @@ def end_as_expected(
     processes = known_processes(project, children(project))
     run, struck = project.only_run(), now()
     strike(kind, disk, project, process, moment)
-    release(project)
+    if not kind.kernel_alone:
+        release(project)  # a kernel that dies of it must not get any further
     ended = project.finish(process)
+    release(project)
     before = Before(run, processes, said_before(project, struck - SAVED_WITHIN_SECONDS))
     assert "Traceback" not in ended.err, ended.err
     if kind.record_is_gone:
