@@ -27,7 +27,7 @@ test: $(VENV)/.installed-dev  ## all tests but the slow ones below
 	$(PY) -m pytest -n 2 --dist loadfile -m 'not faults and not wheel and not gpu'
 
 faults: $(VENV)/.installed-dev  ## the longer fault suite: real processes killed at chosen moments
-	$(PY) -m pytest -n 3 --dist load -m faults
+	$(PY) -m pytest -n 4 --dist load -m faults
 
 chaos: $(VENV)/.installed-dev  ## kill -9 at random moments: make chaos KILLS=1000 DISK_FULL=200 SEED=7
 	$(PY) -m tests.chaos --kills $(KILLS) --disk-full $(DISK_FULL) --seed $(SEED)
