@@ -2,13 +2,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 IPYKERNEL6 = .venv-ipykernel6
+KILLS = 60
+DISK_FULL = 20
+SEED = 1
 
 PY = $(VENV)/bin/python
 PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES = pyproject.toml constraints.txt
 
 .DEFAULT_GOAL = help
-.PHONY: help venv demo test check faults test-ipykernel6 recipes-full wheel-test bench clean
+.PHONY: help venv demo test check faults chaos papermill-suite test-ipykernel6 recipes-full wheel-test bench clean
 .DELETE_ON_ERROR:
 
 help:  ## show this
@@ -24,7 +27,13 @@ test: $(VENV)/.installed-dev  ## all tests but the slow ones below
 	$(PY) -m pytest -n 2 --dist loadfile -m 'not faults and not wheel and not gpu'
 
 faults: $(VENV)/.installed-dev  ## the longer fault suite: real processes killed at chosen moments
-	$(PY) -m pytest -m faults
+	$(PY) -m pytest -n 4 --dist load -m faults
+
+chaos: $(VENV)/.installed-dev  ## kill -9 at random moments: make chaos KILLS=1000 DISK_FULL=200 SEED=7
+	$(PY) -m tests.chaos --kills $(KILLS) --disk-full $(DISK_FULL) --seed $(SEED)
+
+papermill-suite: $(VENV)/.installed-dev  ## papermill's own test suite, with its engine and with grd, compared
+	$(PY) tests/papermill_suite/run.py
 
 test-ipykernel6: $(IPYKERNEL6)/.installed  ## magics, engine and signals with kernels of ipykernel 6.31, and no torch
 	$(IPYKERNEL6)/bin/python -m pytest -n 2 --dist load tests/test_magics.py tests/test_engine.py

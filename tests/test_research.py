@@ -144,7 +144,7 @@ def test_a_second_ctrl_c_kills_at_once(project: Project) -> None:
 
 def test_the_timeout_bounds_one_attempt_and_the_budget_all_of_them(project: Project) -> None:
     project.notebook("train.ipynb", TICKS, parameters=PARAMETERS)
-    first = project.grd("research", "train.ipynb", "--timeout", "3s", "--budget", "5s", "--json")
+    first = project.grd("research", "train.ipynb", "--timeout", "12s", "--budget", "20s", "--json")
     assert first.code == 75
     assert (first.json["cause"], first.json["budget"]["agreed"]) == ("deadline", "typed")
     second = project.grd("resume", "last", "--json")
@@ -153,7 +153,7 @@ def test_the_timeout_bounds_one_attempt_and_the_budget_all_of_them(project: Proj
     assert third.code == 77
     assert "grd resume" in third.err and "--budget" in third.err
     assert project.record()["attempt"] == 2
-    fourth = project.grd("resume", "last", "--budget", "8s", "--json")
+    fourth = project.grd("resume", "last", "--budget", "40s", "--json")
     assert (fourth.code, fourth.json["attempt"]) == (75, 3)
 
 

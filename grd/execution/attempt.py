@@ -252,6 +252,7 @@ def _execute(
         guardian_lost=getattr(client.popen, "ended_by", None) == guarded_kernel.LOST,
         grace=stopper.grace,
         killed_at_exit=stopper.killed_at_exit,
+        last_call=stopper.last_call,
     )
     seen = replace(seen, oom=_why_killed(seen, context))
     _warn_of_missing_output(client, context)

@@ -77,7 +77,8 @@ def parse_notebook(text: str, location: str) -> Any:
     if not isinstance(raw, dict) or not ("cells" in raw or "worksheets" in raw) or "nbformat" not in raw:
         raise NotebookError(f"{location} is no notebook: it has no cells or no nbformat")
     try:
-        notebook = nbformat.reads(text, as_version=4)
+        # reader.reads: nbformat.reads checks too, and only logs what is wrong
+        notebook = nbformat.convert(nbformat.reader.reads(text), 4)
         # from_dict: a converted older format is made of another class, which papermill does not know
         notebook = nbformat.from_dict(json.loads(json.dumps(nbformat.v4.upgrade(notebook))))
         nbformat.validate(notebook)

@@ -47,6 +47,8 @@ class Seen:
     kernel_start_error: str | None = None
     storage_error: OSError | None = None
     stopped_in_cell: int | None = None
+    last_call: bool = False
+    """The cell had been asked to stop and was interrupted because the grace was nearly over."""
     guardian_lost: bool = False
     """The kernel's guardian was killed, and the kernel died with it."""
     oom: out_of_memory.Verdict | None = None
@@ -155,6 +157,11 @@ def _stop_detail(seen: Seen) -> str | None:
     if seen.kernel_died:
         oom = f"; {seen.oom.detail}" if seen.oom is not None else ""
         return f"while stopping, the kernel died: {describe_exit(seen.kernel_returncode)}{oom}"
+    if seen.last_call and seen.cell_error is not None and seen.cell_error.name == "KeyboardInterrupt":
+        return (
+            f"the grace period of {format_duration(seen.grace or 0.0)} was too short and the cell was interrupted; "
+            "what was not saved by then is lost (--grace or GRD_GRACE gives more time to save)"
+        )
     if seen.cell_error is not None and seen.cell_error.name not in _INTERRUPTIONS:
         return f"while stopping, {seen.cell_error}"
     if seen.storage_error is not None:

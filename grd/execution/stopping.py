@@ -168,6 +168,11 @@ class Stopper:
         return max(0.0, self.record.requested_at + self.grace - time.monotonic())
 
     @property
+    def last_call(self) -> bool:
+        """Whether a cell that was asked to stop had to be interrupted, shortly before the kill."""
+        return self._terminated and self._interrupts > 0
+
+    @property
     def killed_at_exit(self) -> bool:
         """Whether the grace ran out after the last cell, while the kernel was still busy with its exit."""
         record = self.record

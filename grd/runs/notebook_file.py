@@ -30,7 +30,7 @@ def _from_bytes(value: Any) -> str:
 _PLACE_OF_OUTPUTS = '\n   "outputs": []'
 """In a cell without outputs; nowhere else is this key at this depth."""
 
-_encode = json.JSONEncoder(ensure_ascii=False, indent=1, sort_keys=True, default=_from_bytes).encode
+_string = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class NotebookFile:
@@ -74,7 +74,7 @@ def _texts(notebook: Notebook) -> Iterator[str]:
     ended = notebook["metadata"].get("grd", {}).get("complete", True)
     begin = "{\n "
     for key in sorted(notebook):
-        yield f"{begin}{_encode(key)}: "
+        yield f"{begin}{_string(key)}: "
         if key == "cells" and notebook[key]:
             before = "["
             for cell in notebook[key]:
@@ -139,5 +139,34 @@ def _without(metadata: Any, names: tuple[str, ...]) -> Any:
 
 
 def _json(value: Any, newline: str) -> str:
-    # Line ends inside of strings are escaped: those that are there are the layout's.
-    return _encode(value).replace("\n", newline)
+    parts: list[str] = []
+    _add(parts, value, newline)
+    return "".join(parts)
+
+
+def _add(parts: list[str], value: Any, newline: str) -> None:
+    """As ``json.dumps(value, indent=1, sort_keys=True)``, which takes twice as long for lists of lines."""
+    inner = newline + " "
+    if isinstance(value, dict) and value:
+        begin = "{" + inner
+        for key in sorted(value):
+            # JSON's own rule for keys that are no strings
+            name = _string(key) if isinstance(key, str) else json.dumps({key: 0})[1:-4]
+            parts.append(f"{begin}{name}: ")
+            _add(parts, value[key], inner)
+            begin = "," + inner
+        parts.append(newline + "}")
+    elif isinstance(value, (list, tuple)) and value:
+        if all(isinstance(item, str) for item in value):
+            parts.append("[" + inner + ("," + inner).join(map(_string, value)) + newline + "]")
+            return
+        begin = "[" + inner
+        for item in value:
+            parts.append(begin)
+            _add(parts, item, inner)
+            begin = "," + inner
+        parts.append(newline + "]")
+    elif isinstance(value, str):
+        parts.append(_string(value))
+    else:
+        parts.append(json.dumps(value, default=_from_bytes))

@@ -96,5 +96,5 @@ def read_seconds(flag: str, value: float | str | None) -> float | None:
         return None
     try:
         return parse_duration(value)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{flag}: {error}") from None

@@ -62,6 +62,10 @@ CASES = [
     *((fault, "checkpoint being saved") for fault in SIGNALS if "twice" in fault),
 ]
 
+SHARE, SHARES = map(int, os.environ.get("GRD_FAULT_SHARE", "0/1").split("/"))
+CASES = [case for number, case in enumerate(CASES) if number % SHARES == SHARE]
+"""All of them, or ``GRD_FAULT_SHARE=k/n``: every fault, at another part of the moments."""
+
 MEMORY_CGROUP = Path("/sys/fs/cgroup/memory")
 MEMORY_LIMIT_BYTES = 400_000_000
 
@@ -154,8 +158,10 @@ def end_as_expected(
     processes = known_processes(project, children(project))
     run, struck = project.only_run(), now()
     strike(kind, disk, project, process, moment)
-    release(project)
+    if not kind.kernel_alone:
+        release(project)  # a kernel that dies of it must not get any further
     ended = project.finish(process)
+    release(project)
     before = Before(run, processes, said_before(project, struck - SAVED_WITHIN_SECONDS))
     assert "Traceback" not in ended.err, ended.err
     if kind.record_is_gone:

@@ -173,9 +173,13 @@ def test_with_a_grace_of_3_s_it_is_cut_and_said_so_and_the_checkpoint_before_is_
     ended = project.finish(process)
     record = project.record()
     assert (ended.code, record["state"], record["cause"]) == (75, "interrupted", "sigterm")
-    assert record["attempts"][-1]["stop"]["killed"] is True
+    in_step = moment == "the step begins"  # which a KeyboardInterrupt can end
+    assert record["attempts"][-1]["stop"]["killed"] is not in_step
+    ending = (
+        "the grace period of 3s was too short" if in_step else "ran out after 3s and the kernel was killed"
+    )
     for said in (record["detail"], ended.out, project.grd("status", "last").out):
-        assert "the grace period ran out after 3s and the kernel was killed" in said
+        assert ending in said
         assert "--grace" in said
     assert record["checkpoint"]["epoch"] == 0 and saves(project, 1) == []
     wait_until(lambda: project.processes() == [], "the end of every process of the run", 4)
@@ -217,7 +221,8 @@ for epoch in training.epochs(4, model=model, checkpoint_dir=checkpoint_dir, resu
     assert record["checkpoint"]["step"] == last["step"] == expected["step"]
     output = project.grd("logs", "last").out
     assert output.count("saving") == 1, "what was saved is saved"
-    assert output.count("step ") == 2, "no further step has begun"
+    steps = [line for line in output.splitlines() if line.startswith("step ")]
+    assert len(steps) == 2, "no further step has begun"
     resumed = project.grd("resume", "last", "--timeout", "5m", "--json")
     assert resumed.code == 0, resumed.err
     assert resumed.json["metrics"]["steps"] == (32 if inside else 4)
