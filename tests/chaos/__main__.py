@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=60, help="SIGKILLs in all lanes together")
     parser.add_argument("--disk-full", type=int, default=0, metavar="N", help="times a disk is filled")
     parser.add_argument("--seed", type=int, default=None, help="of all choices; default: the time")
-    parser.add_argument("--lanes", type=int, default=2, help="runs at the same time")
+    parser.add_argument("--lanes", type=int, default=3, help="runs at the same time")
     parser.add_argument("--torch-share", type=float, default=0.1, help="of the runs that train with torch")
     parser.add_argument(
         "--place", type=Path, default=None, help="where the runs lie; default: a temporary one"

@@ -18,7 +18,7 @@ from .training_notebook import write_training
 
 GRACE_SECONDS = 3.0
 AFTER_GRACE_SECONDS = 2.0
-START_SECONDS = 90.0
+START_SECONDS = 300.0
 
 MOMENTS = {
     "command starting": 1,

@@ -19,8 +19,13 @@ from grd.experiment import checkpoint_folder
 from grd.files import is_locked
 from grd.runs import notebook_journal
 
+from .lane import pulse
+
 OLD_SECONDS = 2.0
 """Output that is older than this at the moment of a kill must be there afterwards."""
+
+STARVED_SECONDS = 6.0
+"""How long before a kill the machine is asked whether it gave everybody a turn."""
 
 _NOTE = re.compile(r"<(\d{5})>")
 
@@ -151,7 +156,8 @@ class Checker:
         """
         place = self.folder / "attempts" / str(attempt)
         notes = self.notes(attempt)
-        old = [number for t, number in notes if t < lost_from - OLD_SECONDS]
+        old_from = lost_from - OLD_SECONDS - pulse.late(lost_from - STARVED_SECONDS, lost_from + 1.0)
+        old = [number for t, number in notes if t < old_from]
         try:
             notebook = self.rebuilt(attempt)
         except (OSError, ValueError, KeyError) as error:

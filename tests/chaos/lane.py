@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +36,32 @@ def wait_for(condition: Callable[[], T], seconds: float, *, every: float = 0.1) 
         if value or time.monotonic() > give_up:
             return value
         time.sleep(every)
+
+
+class Pulse:
+    """How late this machine lets a process come to its turn: the promises in seconds are of a machine that
+    has a processor to give."""
+
+    BEAT_SECONDS = 0.05
+
+    def __init__(self) -> None:
+        self._beats: deque[tuple[float, float]] = deque(maxlen=4_000)
+        threading.Thread(target=self._go_on, name="pulse", daemon=True).start()
+
+    def _go_on(self) -> None:
+        due = time.monotonic()
+        while True:
+            time.sleep(self.BEAT_SECONDS)
+            late = time.monotonic() - due - self.BEAT_SECONDS
+            due = time.monotonic()
+            self._beats.append((time.time(), max(0.0, late)))
+
+    def late(self, since: float, until: float) -> float:
+        """Seconds in which nothing came to its turn between two times, where those of a beat were noticed."""
+        return sum(late for t, late in list(self._beats) if since <= t <= until and late > self.BEAT_SECONDS)
+
+
+pulse = Pulse()
 
 
 @dataclass(frozen=True)
