@@ -158,8 +158,9 @@ def _stop_detail(seen: Seen) -> str | None:
         oom = f"; {seen.oom.detail}" if seen.oom is not None else ""
         return f"while stopping, the kernel died: {describe_exit(seen.kernel_returncode)}{oom}"
     if seen.last_call and seen.cell_error is not None and seen.cell_error.name == "KeyboardInterrupt":
+        grace = format_duration(seen.grace or 0.0)
         return (
-            f"the grace period of {format_duration(seen.grace or 0.0)} was too short and the cell was interrupted; "
+            f"the grace period of {grace} was too short and the cell was interrupted; "
             "what was not saved by then is lost (--grace or GRD_GRACE gives more time to save)"
         )
     if seen.cell_error is not None and seen.cell_error.name not in _INTERRUPTIONS:
