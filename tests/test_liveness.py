@@ -137,6 +137,7 @@ def test_a_stopped_runner_is_said_to_be_silent(running: Project) -> None:
 
 def test_looking_from_many_processes_at_once_recovers_once(running: Project) -> None:
     kill_runner(running)
+    wait_until(lambda: running.processes() == [], "the guardian's end: until then a look stores nothing")
     looks = [running.start("status", "last", "--json") for _ in range(6)]
     assert {running.finish(look).json["cause"] for look in looks} == {"runner_lost"}
     ended = [event for event in running.events() if event["kind"] == "state" and event["state"] != "running"]
