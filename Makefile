@@ -24,7 +24,7 @@ demo: $(VENV)/.installed-demo  ## explore, train, interrupt, resume, compare (ab
 	@$(PY) demo/demo.py
 
 test: $(VENV)/.installed-dev  ## all tests but the slow ones below
-	$(PY) -m pytest -n 2 --dist loadfile -m 'not faults and not wheel and not gpu'
+	$(PY) -m pytest -n 3 --dist loadfile -m 'not faults and not wheel and not gpu'
 
 faults: $(VENV)/.installed-dev  ## the longer fault suite: real processes killed at chosen moments
 	$(PY) -m pytest -n 4 --dist load -m faults

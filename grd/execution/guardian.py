@@ -24,6 +24,9 @@ LATE_SECONDS = 1.0
 """The requester keeps the deadline itself; the guardian acts this much later, the watcher again as much."""
 
 LAST_CALL_SECONDS = 5.0
+POLITE_SECONDS = 0.5
+"""What the children of a kernel that has ended have between SIGTERM and SIGKILL."""
+
 PATIENCE_SECONDS = 1.0
 """How long the kernel's end is kept back until its descendants have ended too."""
 
@@ -250,6 +253,15 @@ class Guard:
                 return
             self.children[pid] = os.waitstatus_to_exitcode(status)
 
+    def terminate_all(self, seconds: float) -> None:
+        """SIGTERM to every descendant, and the time to follow it."""
+        for pid, start in descendants():
+            send_signal(pid, start, signal.SIGTERM)
+        give_up = time.monotonic() + seconds
+        while descendants() and time.monotonic() < give_up:
+            self.reap()
+            time.sleep(0.01)
+
     def end_all(self, seconds: float) -> None:
         """SIGKILL to every descendant, again and again: they may fork meanwhile."""
         give_up = time.monotonic() + seconds
@@ -374,6 +386,8 @@ def guard_kernel(guard: Guard, watcher: int) -> None:
         elif action == "interrupt":
             asked_at, interrupted = asked_at or now, True
             os.kill(kernel, signal.SIGINT)
+    if why == EXIT:
+        guard.terminate_all(POLITE_SECONDS)
     guard.end_all(PATIENCE_SECONDS)
     guard.finish(f"ended {guard.children.get(kernel, -signal.SIGKILL)} {why}")
 

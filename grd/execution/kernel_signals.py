@@ -5,8 +5,8 @@ by default, before the training could save. With this extension SIGTERM becomes 
 running cell where nothing else has taken the signal, and still ends a kernel that is idle. One stop
 interrupts a cell once: what it does then, in an except or a finally, is its saving. And a kernel that nobody
 will send a cell any more ends by itself after the one that runs: its guardian need not wait longer. A
-shutdown that comes while a cell runs leaves it its children (workers, a copy under way) until it has ended;
-the guardian ends what is left of them.
+shutdown leaves a kernel its children (workers, a copy under way) until it has ended; the guardian ends what
+is left of them.
 """
 
 from __future__ import annotations
@@ -75,22 +75,17 @@ def _is_orphan() -> bool:
         return False
 
 
-def _cell_is_running() -> bool:
-    # Also right in ipykernel's control thread, which handles shutdown requests.
-    return callable(signal.getsignal(signal.SIGINT))
-
-
-def _spare_children(kernel: Any) -> None:
-    """ipykernel ends the kernel's children when a shutdown is requested, not when the cell has ended."""
-    end_children = getattr(kernel, "_progressively_terminate_all_children", None)
-    if end_children is None or sys.platform != "linux":
+def _leave_children_to_the_guardian(kernel: Any) -> None:
+    """ipykernel ends the kernel's children as soon as a shutdown is requested: also those of a cell that
+    still runs, also a pool's workers, for whose locks the pool then waits for ever at exit, and for half a
+    minute if one is a zombie that nobody waits for. The guardian ends them once the kernel has ended."""
+    if getattr(kernel, "_progressively_terminate_all_children", None) is None or sys.platform != "linux":
         return  # where there is no guardian nobody else would end them
 
-    async def unless_in_use() -> None:
-        if not _cell_is_running():
-            await end_children()
+    async def leave_them() -> None:
+        """Nothing."""
 
-    kernel._progressively_terminate_all_children = unless_in_use
+    kernel._progressively_terminate_all_children = leave_them
 
 
 def load_ipython_extension(shell: Any) -> None:
@@ -108,4 +103,4 @@ def load_ipython_extension(shell: Any) -> None:
             shell.ask_exit()
 
     shell.events.register("post_run_cell", end_if_orphan)
-    _spare_children(getattr(shell, "kernel", None))
+    _leave_children_to_the_guardian(getattr(shell, "kernel", None))

@@ -6,6 +6,7 @@ where all who could act were killed at once does the next look have to.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -278,3 +279,29 @@ def test_what_ended_the_kernel_is_told_as_it_was(project: Project, cell: str, sa
     ended = project.grd("research", "run.ipynb", "--json")
     assert (ended.code, ended.json["cause"]) == (75, "kernel_died")
     assert f"the kernel died in cell 0: {said}" in ended.json["detail"]
+
+
+@pytest.mark.parametrize("end", ["stopped", "completed"])
+def test_children_that_a_cell_left_hold_up_no_end_of_the_run(project: Project, end: str) -> None:
+    cells = [CHILDREN] if end == "completed" else [CHILDREN, SLEEPING]
+    project.notebook("run.ipynb", *cells, "print('the end')", parameters=PARAMETERS)
+    process = project.start("research", "run.ipynb", "--timeout", "10m", "--grace", "100s")
+    if end == "stopped":
+        project.wait_for_output("here")
+        assert project.grd("stop", "last").code == 0
+    ended = project.finish(process, 60)
+    assert ended.code == (75 if end == "stopped" else 0), ended.err
+    wait_for_the_end_of(children_known(project))
+    killed = [event for event in project.events() if event["kind"] == "stop" and event["stage"] == 3]
+    assert killed == [], "the kernel had to be killed"
+    attempt = project.record()["attempts"][0]
+    assert attempt["seconds"] < 50, "the kernel's own exit took long"
+
+
+def children_known(project: Project) -> dict[str, psutil.Process]:
+    """Those of the notebook's children that are still there."""
+    found = {}
+    for line in (project.path / "children").read_text().split("\n")[:-1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found[line] = psutil.Process(int(line.split()[1]))
+    return found
