@@ -90,8 +90,12 @@ say('here')
 if not resume:
     time.sleep(0.5)  # the kernel's own threads cannot send what was printed while the GIL is held
     open('holding', 'w').close()
-    ctypes.PyDLL(None).sleep(600)
+    mutex = ctypes.create_string_buffer(64)
+    for _ in range(2):
+        ctypes.PyDLL(None).pthread_mutex_lock(mutex)
 """
+"""A thread that waits for itself in C: no signal ends that, as it would end a sleep."""
+
 SWALLOWING = """
 say('here')
 while not resume:
@@ -102,8 +106,11 @@ while not resume:
 """
 TRAINING = """
 from grd.experiment import training
-for epoch in training.epochs(8, state={}, checkpoint_dir=checkpoint_dir, resume=resume):
+last = 8 if resume else 5000
+for epoch in training.epochs(last, state={}, checkpoint_dir=checkpoint_dir, resume=resume):
     time.sleep(0.05 if resume else 0.5)
+    if resume and int(epoch) + 1 >= last:
+        epoch.stop_early()
     say('here')
     epoch.log(value=float(epoch))
 """

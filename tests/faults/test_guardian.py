@@ -63,7 +63,9 @@ print('here', flush=True)
 if not resume:
     time.sleep(0.5)  # the kernel's own threads cannot send what was printed while the GIL is held
     open('holding', 'w').close()
-    ctypes.PyDLL(None).sleep(600)
+    mutex = ctypes.create_string_buffer(64)
+    for _ in range(2):  # waits for itself: a signal would end a sleep
+        ctypes.PyDLL(None).pthread_mutex_lock(mutex)
 """
 
 CELLS = {"children": [CHILDREN, SLEEPING], "GIL held in C": [CHILDREN, IN_C], "workers": [WORKERS, SLEEPING]}

@@ -62,7 +62,9 @@ HOLDING_THE_GIL = f"""
 import ctypes, time
 {MARK}
 time.sleep(0.5)
-ctypes.PyDLL(None).sleep(600)
+mutex = ctypes.create_string_buffer(64)
+for _ in range(2):  # waits for itself: a signal would end a sleep
+    ctypes.PyDLL(None).pthread_mutex_lock(mutex)
 """
 
 
