@@ -167,7 +167,10 @@ class Killing(Campaign):
         folder = checker.folder
         checker.files()
         cast = self.lane.cast()
-        somebody_acts = any(m.role in ("runner", "guardian", "watcher") for m in cast)
+        # Whoever was struck does not count, though the system may still show it: it is dying.
+        somebody_acts = any(
+            m.role in ("runner", "guardian", "watcher") and m.role not in killed for m in cast
+        )
         if plan.next_step == "look" and somebody_acts and killed:
             self._await_end(checker, killed)
         for _ in range(plan.looks_killed):
