@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import cannot_be_had
 
 from grd.errors import CheckpointCorrupt, CheckpointError, CheckpointFenced, CheckpointRefused
 from grd.experiment import CheckpointHandler, set_aside
@@ -395,7 +396,7 @@ def test_a_full_disk_leaves_the_version_before_and_one_clear_error(tmp_path: Pat
         ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path)], capture_output=True, check=False
     )
     if mount.returncode != 0:
-        pytest.skip("a small file system needs the right to mount one")
+        cannot_be_had("a small file system needs the right to mount one")
     try:
         done = run(f"import sys; sys.argv = ['', {str(tmp_path)!r}, 'disk']\n" + FULL)
         assert done.returncode == 0, done.stderr
