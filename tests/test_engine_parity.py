@@ -177,7 +177,11 @@ def test_widget_state_is_stored_with_what_output_widgets_captured(tmp_path: Path
         "with box:\n    print('captured')",
     )
     stored = []
-    for ended in both(tmp_path, source):
+    for engine in ENGINES:
+        ended = execute(engine, tmp_path, source, execution_timeout=60)
+        if engine == "nbclient" and "Timeout" in repr(ended.error):
+            # its client may overlook the reply of a cell that writes into an Output widget (TwoWayChannel)
+            ended = execute(engine, tmp_path, source, execution_timeout=60)
         assert ended.error is None
         [(kind, state)] = ended.saved["metadata"]["widgets"].items()
         models = [(model["model_name"], model["state"]) for model in state["state"].values()]

@@ -17,7 +17,9 @@ from typing import Any
 import zmq
 import zmq.asyncio
 from jupyter_client.asynchronous.client import AsyncKernelClient
+from jupyter_client.channels import AsyncZMQSocketChannel
 from jupyter_client.utils import ensure_async
+from traitlets import Type
 
 Message = dict[str, Any]
 
@@ -28,8 +30,36 @@ RECONNECT_MILLISECONDS = 20
 """A kernel's sockets open some time after its start; ZeroMQ's default looks again only after 100 ms."""
 
 
+LOOK_SECONDS = 0.1
+"""How long a channel that is also written to waits to be told of a message before it looks by itself."""
+
+
+class TwoWayChannel(AsyncZMQSocketChannel):
+    """A channel that is written to while somebody waits for what comes.
+
+    ZeroMQ says once that a socket has something to read, and writing to the socket takes that word away: when
+    nbclient answers an Output widget at the moment in which the cell's reply comes, the reply lies there and
+    jupyter_client waits for it for ever.
+    """
+
+    async def get_msg(self, timeout: float | None = None) -> Message:
+        """The next message. Raises queue.Empty if none comes within ``timeout`` seconds."""
+        give_up = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = LOOK_SECONDS if give_up is None else max(0.0, give_up - time.monotonic())
+            try:
+                message: Message = await super().get_msg(timeout=min(LOOK_SECONDS, left))
+                return message
+            except Empty:
+                if left <= LOOK_SECONDS and give_up is not None:
+                    raise
+
+
 class PromptKernelClient(AsyncKernelClient):
     """What jupyter_client's does, sooner."""
+
+    shell_channel_class = Type(TwoWayChannel)
+    control_channel_class = Type(TwoWayChannel)
 
     receive_limit: int | None = None
     """Messages that may wait here; None for ZeroMQ's default, 0 for no limit."""
