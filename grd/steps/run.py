@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grd import contract
 from grd.runs import notebook_journal, recovery
@@ -18,6 +18,9 @@ from grd.runs.liveness import heartbeat_age
 from grd.runs.model import RunRecord
 from grd.runs.stop_request import ask_to_stop
 from grd.settings import find_project_root, load_settings
+
+if TYPE_CHECKING:
+    from grd.steps.checkpoints import Listed
 
 
 def runs_folder(runs_dir: str | Path | None = None, project_dir: Path | None = None) -> Path:
@@ -98,6 +101,12 @@ class Run:
     def checkpoint_dir(self) -> Path:
         """Where the notebook saves its checkpoints."""
         return Path(self.record.checkpoint_dir)
+
+    def checkpoints(self, *, verify: bool = False) -> list[Listed]:
+        """Its checkpoints, newest first; with ``verify`` every byte of them is read."""
+        from grd.steps.checkpoints import list_checkpoints
+
+        return list_checkpoints(self.checkpoint_dir, verify=verify)
 
     def notebook(self) -> dict[str, Any]:
         """The newest attempt's notebook as plain nbformat JSON, complete with its journal."""

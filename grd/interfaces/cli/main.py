@@ -25,6 +25,11 @@ _COMMANDS = {
     "events": ("grd.interfaces.cli.looking", "events", "The events of a run as JSON lines."),
     "logs": ("grd.interfaces.cli.looking", "logs", "What a run's cells printed."),
     "result": ("grd.interfaces.cli.looking", "result", "Metrics of a run and where its files lie."),
+    "checkpoints": (
+        "grd.interfaces.cli.checkpoints",
+        "checkpoints",
+        "What a run has saved, and whether it is good.",
+    ),
     "rm": ("grd.interfaces.cli.tidying", "rm", "Delete runs that are not under way."),
     "gc": ("grd.interfaces.cli.tidying", "gc", "Delete what runs no longer need."),
     "hardware": ("grd.interfaces.cli.machine", "hardware", "Show this machine's profile; compare machines."),

@@ -208,6 +208,16 @@ def format_number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def format_size(size: int) -> str:
+    """Bytes with a unit, powers of ten as in `grd.settings.parse_size`: ``812 B``, ``1.5 MB``."""
+    value = float(size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
 def format_count(value: Any) -> str:
     """A count of epochs or steps: one decimal where an epoch is under way."""
     return f"{value:.1f}" if isinstance(value, float) else str(value)
