@@ -184,6 +184,16 @@ def test_two_installations_at_once_leave_one_whole_kernelspec(project: Project, 
     assert not list(spec(prefix).glob("*.tmp"))
 
 
+def test_an_installation_that_was_killed_is_simply_done_again(project: Project, prefix: Path) -> None:
+    spec(prefix).mkdir(parents=True)
+    (spec(prefix) / "logo-32x32.png").write_bytes(b"half")
+    (spec(prefix) / ".kernel.json.abc.tmp").write_text("{")
+    done = project.grd("kernelspec", "install", "--prefix", prefix)
+    assert done.code == 0, done.err
+    assert (spec(prefix) / "kernel.json").is_file()
+    assert len((spec(prefix) / "logo-32x32.png").read_bytes()) > 100
+
+
 def test_the_magic_types_the_same_command(project: Project, prefix: Path) -> None:
     code = (
         "from IPython.testing.globalipapp import start_ipython\n"

@@ -93,8 +93,9 @@ def install(
     """
     _check_name(name)
     folder = kernels / name
+    taken = _exists(folder) and not _is_half_installed(folder)  # before it is read: another install may end
     before = _read(folder)
-    foreign = _exists(folder) and not _is_ours(before)
+    foreign = taken and not _is_ours(before)
     if foreign and not replace:
         raise UsageError(
             f"{folder} is a kernelspec that grd did not install; "
@@ -211,6 +212,14 @@ def _logos() -> list[Path]:
 def _exists(folder: Path) -> bool:
     """Whether there is anything; an empty folder is none, a dangling link or a file is."""
     return folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir())))
+
+
+def _is_half_installed(folder: Path) -> bool:
+    """Whether there are only logos and temporary files: an installation is under way, or was killed."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    return all(name in LOGOS or (name[:1] == "." and name.endswith(".tmp")) for name in names)
 
 
 def _read(folder: Path) -> dict[str, Any]:
