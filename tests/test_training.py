@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from grd.errors import CheckpointRefused, ExperimentInterrupted, ResumeError, UsageError
-from grd.experiment import training
+from grd.experiment import CheckpointHandler, training
 from grd.experiment.schedule import Every, Schedule, seed_interval
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,7 +106,9 @@ def train(
             scheduler.step()
             ema.update_parameters(model)
             epoch.mean("loss", loss.item(), len(y))
-            epoch.state["sum"] = epoch.state.get("sum", 0.0) + random.random()
+            if "sum" not in epoch.state:
+                epoch.log(first=loss.item())
+            epoch.state["sum"] = epoch.state.get("sum", 0.0) + random.random() + float(np.random.rand())
             trace.append((int(epoch), loss.item()))
             steps += 1
             if steps == kill_at:
@@ -193,6 +196,62 @@ def test_workers_may_change_between_the_attempts(
     result = train(tmp_path, workers=after, resume=True)
     same(result, uninterrupted)
     assert len(result["trace"]) == 15 - 7
+
+
+LEFT_OUT = [
+    "model_state", "optimizer_state", "scheduler_state", "scaler_state", "ema_state", "state", "history",
+    "rng python", "rng numpy", "rng torch", "position", "epoch's record", "epoch's state", "epoch's means",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def killed_inside(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoints of a training that died in its eighth step, the third of its second epoch."""
+    folder = tmp_path_factory.mktemp("killed")
+    with pytest.raises(Killed):
+        train(folder, kill_at=8, every="0.0000001s")
+    return folder
+
+
+def without(saved: dict[str, Any], what: str) -> dict[str, Any]:
+    """A loaded checkpoint that has forgotten ``what``."""
+    inside = saved["training"]["inside"]
+    kind, _, name = what.partition(" ")
+    if kind == "rng":
+        for generators in (saved["rng"], inside["rng"], inside["rng_at_epoch"]):
+            del generators[name]
+    elif what == "position":
+        inside.update(call_steps=0, step=0, loader=None)
+    elif kind == "epoch's":
+        inside[name] = {"epoch": inside["record"]["epoch"]} if name == "record" else {}
+    elif what == "history":
+        saved["history"] = []
+    else:
+        del saved[what]
+    return saved
+
+
+@pytest.mark.filterwarnings("ignore:grd. the checkpoint has no")
+@pytest.mark.parametrize("what", [None, *LEFT_OUT])
+def test_every_part_of_a_checkpoint_is_needed_for_the_same_end(
+    killed_inside: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    uninterrupted: dict[str, Any],
+    what: str | None,
+) -> None:
+    load = CheckpointHandler.load_checkpoint
+    if what is not None:
+        monkeypatch.setattr(
+            CheckpointHandler, "load_checkpoint", lambda *a, **o: without(load(*a, **o), what)
+        )
+    shutil.copytree(killed_inside, tmp_path / "copied")
+    resumed = train(tmp_path / "copied", resume=True)
+    if what is None:
+        same(resumed, uninterrupted)
+    else:
+        with pytest.raises(AssertionError):
+            same(resumed, uninterrupted)
 
 
 SCRIPT = textwrap.dedent(
