@@ -152,17 +152,17 @@ def _stop_detail(seen: Seen) -> str | None:
             f"{over} and the kernel was killed; what was not saved by then is lost "
             "(--grace or GRD_GRACE gives more time to save)"
         )
-    if seen.killed_at_exit:
-        return f"{over} while the kernel was still ending, and it was killed; its cells had ended"
-    if seen.kernel_died:
-        oom = f"; {seen.oom.detail}" if seen.oom is not None else ""
-        return f"while stopping, the kernel died: {describe_exit(seen.kernel_returncode)}{oom}"
     if seen.last_call and seen.cell_error is not None and seen.cell_error.name == "KeyboardInterrupt":
         grace = format_duration(seen.grace or 0.0)
         return (
             f"the grace period of {grace} was too short and the cell was interrupted; "
             "what was not saved by then is lost (--grace or GRD_GRACE gives more time to save)"
         )
+    if seen.killed_at_exit:
+        return f"{over} while the kernel was still ending, and it was killed; its cells had ended"
+    if seen.kernel_died:
+        oom = f"; {seen.oom.detail}" if seen.oom is not None else ""
+        return f"while stopping, the kernel died: {describe_exit(seen.kernel_returncode)}{oom}"
     if seen.cell_error is not None and seen.cell_error.name not in _INTERRUPTIONS:
         return f"while stopping, {seen.cell_error}"
     if seen.storage_error is not None:
