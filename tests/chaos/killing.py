@@ -54,6 +54,7 @@ class Hit:
     plan: Plan
     folder: Path | None
     killed: frozenset[str]
+    struck: frozenset[Member]
     at: float
 
 
@@ -91,6 +92,7 @@ class Killing(Campaign):
     def _hit(self, folder: Path | None, command: Command) -> Hit | None:
         """Kill what was drawn, and again while the attempt goes on; None if no kill is wanted any more."""
         killed: set[str] = set()
+        all_struck: set[Member] = set()
         while self.take():
             plan = Plan.draw(self.dice)
             folder, reached = self.await_moment(plan.moment, folder, command)
@@ -101,8 +103,9 @@ class Killing(Campaign):
             folder = folder or self.new_folder()
             self._count(plan, struck)
             killed |= {member.role for member in struck}
+            all_struck |= set(struck)
             if killed - {"command"} or not self.goes_on(folder, command):
-                return Hit(plan, folder, frozenset(killed), at)
+                return Hit(plan, folder, frozenset(killed), frozenset(all_struck), at)
             self.say(f"{plan.moment:<17} hit {[m.role for m in struck]}: the run goes on")
         return None
 
@@ -113,7 +116,7 @@ class Killing(Campaign):
             killed = hit.killed
             if checker.record["attempt"] == self.attempts_before:
                 killed |= self.hit_before  # the resume at once was refused: this is still the attempt before
-            self._after_kill(checker, hit.plan, killed, hit.at, command)
+            self._after_kill(checker, hit, killed, command)
             self.hit_before = frozenset()
             left = checker.temporaries()
             if checker.record["attempt"] > self.attempts_before and self.has_begun(checker):
@@ -161,15 +164,15 @@ class Killing(Campaign):
             raise Violation(f"processes of a start that was killed: {self.lane.cast()}")
         self.tally.unborn += 1
 
-    def _after_kill(
-        self, checker: Checker, plan: Plan, killed: frozenset[str], at: float, command: Command
-    ) -> None:
-        folder = checker.folder
+    def _after_kill(self, checker: Checker, hit: Hit, killed: frozenset[str], command: Command) -> None:
+        folder, plan = checker.folder, hit.plan
         checker.files()
-        cast = self.lane.cast()
-        # Whoever was struck does not count, though the system may still show it: it is dying.
+        # Whoever was struck does not count, though the system may still show it: it is dying. By its pid: a
+        # guardian whose watcher is gone has the place of one.
+        struck = {(member.pid, member.started) for member in hit.struck}
         somebody_acts = any(
-            m.role in ("runner", "guardian", "watcher") and m.role not in killed for m in cast
+            m.role in ("runner", "guardian", "watcher") and (m.pid, m.started) not in struck
+            for m in self.lane.cast()
         )
         if plan.next_step == "look" and somebody_acts and killed:
             self._await_end(checker, killed)
@@ -188,7 +191,7 @@ class Killing(Campaign):
             # 2: resumed at once, after a kill that came too late to keep it from its end
             expected = (0, 75, 69) if checker.record["state"] != "completed" else (0, 2)
             checker.expect(code in expected, f"{command.words[0]} exits {code}: {command.said[-500:]}")
-        self._look(checker, killed, at)
+        self._look(checker, killed, hit.at)
 
     def _await_end(self, checker: Checker, killed: frozenset[str]) -> None:
         """The kernel and what it started end within the grace and 2 s; the runner once it has told."""
