@@ -11,7 +11,7 @@ PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c constr
 SOURCES = pyproject.toml constraints.txt
 
 .DEFAULT_GOAL = help
-.PHONY: help venv demo test check faults chaos papermill-suite test-ipykernel6 recipes-full wheel-test bench clean
+.PHONY: help venv demo test check faults chaos papermill-suite test-ipykernel6 test-frameworks recipes-full wheel-test bench clean
 .DELETE_ON_ERROR:
 
 help:  ## show this
@@ -24,7 +24,7 @@ demo: $(VENV)/.installed-demo  ## explore, train, interrupt, resume, compare (ab
 	@$(PY) demo/demo.py
 
 test: $(VENV)/.installed-dev  ## all tests but the slow ones below
-	$(PY) -m pytest -n 3 --dist loadfile -m 'not faults and not wheel and not gpu'
+	$(PY) -m pytest -n 3 --dist loadfile -m 'not faults and not wheel and not gpu and not frameworks'
 
 faults: $(VENV)/.installed-dev  ## the longer fault suite: real processes killed at chosen moments
 	$(PY) -m pytest -n 4 --dist load -m faults
@@ -39,6 +39,9 @@ test-ipykernel6: $(IPYKERNEL6)/.installed  ## magics, engine and signals with ke
 	$(IPYKERNEL6)/bin/python -m pytest -n 2 --dist load tests/test_magics.py tests/test_engine.py
 	$(IPYKERNEL6)/bin/python -m pytest -n 2 --dist load tests/faults/test_fault_table.py \
 		-k '(everyone or deadline) and (training or silent)'
+
+test-frameworks: $(VENV)/.installed-frameworks  ## trainings with Lightning and with Hugging Face's Trainer
+	$(PY) -m pytest -n 2 --dist load -m frameworks
 
 recipes-full: $(VENV)/.installed-dev  ## the recipes for agents at full length: 90 s of training, calls of 20 s
 	GRD_TEST_TRAINING_SECONDS=90 GRD_TEST_CALL_SECONDS=20 $(PY) -m pytest -n 2 --dist load tests/test_agents.py
@@ -77,6 +80,11 @@ $(VENV)/.installed-dev: $(VENV)/.made $(SOURCES)
 	@echo "Installing grd, torch, scikit-learn and the development tools into $(VENV): some minutes the first time"
 	@$(PIP_INSTALL) -e '.[demo,dev]'
 	@touch $(VENV)/.installed-demo $@
+
+$(VENV)/.installed-frameworks: $(VENV)/.installed-dev
+	@echo "Installing Lightning and transformers into $(VENV)"
+	@$(PIP_INSTALL) -e '.[demo,dev,lightning,huggingface]'
+	@touch $@
 
 $(IPYKERNEL6)/.installed: $(IPYKERNEL6)/.made $(SOURCES)
 	@echo "Installing grd with ipykernel 6.31 into $(IPYKERNEL6)"

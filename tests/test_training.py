@@ -363,6 +363,32 @@ def test_by_hand_orders_drawn_in_the_loop_are_replayed(tmp_path: Path) -> None:
     assert once(tmp_path / "parts", True, -1) == whole[6:]
 
 
+def test_an_estimator_that_learns_in_parts_is_the_notebooks_own_again(tmp_path: Path) -> None:
+    linear = pytest.importorskip("sklearn.linear_model")
+    rows = np.random.default_rng(1).normal(size=(60, 4))
+    classes = (rows.sum(axis=1) > 0).astype(int)
+
+    def once(folder: Path, resume: bool, kill_at: int) -> Any:
+        np.random.seed(4)
+        model = linear.SGDClassifier(random_state=0)
+        steps = 0
+        for epoch in training.epochs(
+            3, model=model, checkpoint_dir=folder, resume=resume, every="0.0000001s", allow_pickle=True
+        ):
+            for part in epoch.steps(np.array_split(np.random.permutation(60), 4)):
+                model.partial_fit(rows[part], classes[part], classes=[0, 1])
+                steps += 1
+                if steps == kill_at:
+                    raise Killed
+        return model.coef_.tobytes(), model.intercept_.tobytes(), model.t_
+
+    whole = once(tmp_path / "whole", False, -1)
+    for kill_at in (2, 4, 5, 11):
+        with pytest.raises(Killed):
+            once(tmp_path / str(kill_at), False, kill_at)
+        assert once(tmp_path / str(kill_at), True, -1) == whole
+
+
 # --- the loop itself ------------------------------------------------------------------------------------
 
 

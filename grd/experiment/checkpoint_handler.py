@@ -56,13 +56,13 @@ class CheckpointHandler:
         self.checkpoint_dir = Path(checkpoint_dir)
         self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
         self.total_epochs = total_epochs
-        self.keep_bytes = _budget(keep_bytes)
+        self.keep_bytes = budget_of(keep_bytes)
         self.interrupted = False
         self._key = os.path.realpath(self.checkpoint_dir)
         _work_began.setdefault(self._key, time.monotonic())
         checkpoint_folder.sweep(self.checkpoint_dir)
         if resume is False:
-            _check_fence(self.checkpoint_dir)
+            check_fence(self.checkpoint_dir)
             with _lock:
                 checkpoint_folder.move_aside(
                     self.checkpoint_dir, lambda version: not version.is_ours, reason="a fresh start"
@@ -145,7 +145,7 @@ class CheckpointHandler:
         try:
             with checkpoint_folder.temporary_name(self.checkpoint_dir, name) as temporary:
                 written = checkpoint_file.write(temporary, payload, allow_pickle=allow_pickle)
-                _check_fence(self.checkpoint_dir)
+                check_fence(self.checkpoint_dir)
                 # The entry comes before the rename: a crash between them leaves the old file, which matches
                 # its own older entry, and never a file of ours that nobody vouches for.
                 append_entry(
@@ -169,7 +169,7 @@ class CheckpointHandler:
                         stop=interruption.stop_requested(),
                     ),
                 )
-                _check_fence(self.checkpoint_dir)
+                check_fence(self.checkpoint_dir)
                 temporary.replace(path)
                 fsync_folder(self.checkpoint_dir)
         except OSError as error:
@@ -338,7 +338,8 @@ class CheckpointHandler:
         interruption.unwatch(self)
 
 
-def _budget(keep_bytes: int | str | None) -> int:
+def budget_of(keep_bytes: int | str | None) -> int:
+    """Bytes that versions may take: as asked for, as the run was told, or the default. Raises ValueError."""
     if keep_bytes is not None:
         return parse_size(keep_bytes)
     try:
@@ -360,7 +361,7 @@ def _plain_loss(loss: Any) -> float:
         raise CheckpointRefused(f"loss must be one number, not {type(loss).__name__}") from None
 
 
-def _check_fence(folder: Path) -> None:
+def check_fence(folder: Path) -> None:
     """Raise CheckpointFenced if GRD_FENCE names a newer attempt than ours."""
     fence = os.environ.get(contract.ENV_FENCE)
     if not fence:

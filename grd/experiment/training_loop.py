@@ -84,9 +84,9 @@ class Loop:
             self._schedule = Schedule(
                 self.every,
                 now=time.monotonic(),
-                max_lost_work=_seconds_from("GRD_MAX_LOST_WORK", Settings().max_lost_work),
+                max_lost_work=max_lost_work(),
                 parameters=count_parameters(self.parts.model),
-                deadline=_deadline(),
+                deadline=deadline_of_run(),
                 between_interruptions=between,
             )
             self._stop_if_asked(f"before epoch {self._first}")
@@ -307,14 +307,16 @@ class Loop:
         emit(contract.EVENT_WARNING, message=message)
 
 
-def _seconds_from(variable: str, default: float) -> float:
+def max_lost_work() -> float:
+    """Seconds of training that may be lost, as the run was told."""
     try:
-        return parse_duration(os.environ[variable])
+        return parse_duration(os.environ["GRD_MAX_LOST_WORK"])
     except (KeyError, ValueError):
-        return default
+        return Settings().max_lost_work
 
 
-def _deadline() -> float | None:
+def deadline_of_run() -> float | None:
+    """When the run must have ended, on the monotonic clock; None without a deadline."""
     try:
         return float(os.environ[contract.ENV_DEADLINE])
     except (KeyError, ValueError):
@@ -325,7 +327,7 @@ _loops_here: dict[str, int] = {}
 
 
 def make_handler(
-    checkpoint_dir: Path | str, *, total: int, resume: bool, keep_bytes: int | str | None
+    checkpoint_dir: Path | str, *, total: int | None, resume: bool, keep_bytes: int | str | None
 ) -> Any:
     """The handler of a loop. A second loop of one run gets a subfolder, or it would pass for the first."""
     folder = Path(checkpoint_dir)

@@ -56,6 +56,11 @@ def put_back(item: Any, saved: Any, name: str) -> Any:
             raise ResumeError(f"the checkpoint has {len(saved)} parts of {name}, the notebook {len(item)}")
         pairs = zip(item, saved, strict=True)
         return type(item)(put_back(part, value, f"{name}[{i}]") for i, (part, value) in enumerate(pairs))
+    if type(item) is type(saved) and hasattr(item, "get_params") and hasattr(item, "__dict__"):
+        # An estimator of scikit-learn's kind, saved whole: the notebook's own variable becomes it.
+        vars(item).clear()
+        vars(item).update(vars(saved))
+        return item
     return saved
 
 
