@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Project, wait_until
+from conftest import Project, cannot_be_had, wait_until
 
 from grd.runs.folder import RunFolder
 from grd.runs.liveness import LEASE_SECONDS
@@ -103,7 +103,7 @@ def test_a_folder_that_cannot_be_written_is_reported_truly_and_left_alone(runnin
     run = running.only_run()
     mounted = subprocess.run(["mount", "--bind", str(run), str(run)], capture_output=True)
     if mounted.returncode != 0:
-        pytest.skip(f"nothing can be mounted here: {mounted.stderr.decode().strip()}")
+        cannot_be_had(f"nothing can be mounted here: {mounted.stderr.decode().strip()}")
     subprocess.run(["mount", "-o", "remount,ro,bind", str(run)], check=True)
     try:
         before = (run / "run.json").read_bytes()

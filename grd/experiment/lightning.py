@@ -328,6 +328,12 @@ class _VerifiedIO(_CheckpointIO):
         if os.path.realpath(Path(path).parent) != os.path.realpath(handler.checkpoint_dir):
             other: dict[str, Any] = self.other.load_checkpoint(path, *arguments, **options)
             return other
+        newest = handler.find_latest_checkpoint()
+        if newest is None or os.path.realpath(path) != os.path.realpath(newest):
+            raise CheckpointError(
+                f"{path} is not the newest good checkpoint ({newest}): give ckpt_path=survive.ckpt_path, "
+                "or go back with grd resume RUN --from EPOCH"
+            )
         saved = handler.load_checkpoint(allow_pickle=self.owner.allow_pickle)
         if saved is None or "lightning" not in saved:
             raise CheckpointError(f"{path} holds no training of Lightning's")

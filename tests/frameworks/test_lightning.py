@@ -211,6 +211,16 @@ def test_a_checkpoint_of_another_kind_is_an_error_and_not_a_silent_start(tmp_pat
         train(tmp_path / "c", resume=True)
 
 
+def test_another_file_of_the_folder_is_refused_and_not_replaced_by_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "c"
+    train(folder, every=1)
+    monkeypatch.setattr(Survive, "ckpt_path", str(folder / "checkpoint_epoch_0.pt"))
+    with pytest.raises(CheckpointError, match="not the newest good checkpoint"):
+        train(folder, resume=True)
+
+
 def test_a_loader_that_is_not_wrapped_is_said(tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match=r"survive\.loader\(train_loader\)"):
         train(tmp_path / "c", wrapped=False, epochs=1)
