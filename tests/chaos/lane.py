@@ -79,7 +79,8 @@ class Member:
         with contextlib.suppress(OSError):
             handle = os.pidfd_open(self.pid)
             try:
-                if _stat(self.pid) is not None and _stat(self.pid)[1] == self.started:
+                stat = _stat(self.pid)  # once: it may end between two looks
+                if stat is not None and stat[1] == self.started:
                     signal.pidfd_send_signal(handle, signal.SIGKILL)
                     return True
             finally:
