@@ -297,6 +297,7 @@ class Runner:
 
     def _end(self, outcome: Outcome) -> None:
         record, attempt = self.record, self.attempt
+        leftovers.sweep_checkpoints(Path(record.checkpoint_dir))
         reserve.give_back(self.folder)
         view = view_of(self.folder)
         attempt.state, attempt.cause, attempt.detail = outcome.state, outcome.cause, outcome.detail

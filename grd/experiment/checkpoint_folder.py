@@ -191,16 +191,22 @@ def temporary_name(folder: Path, name: str) -> Iterator[Path]:
             path.unlink()
 
 
-def sweep(folder: Path) -> None:
-    """Remove temporary files whose writer is dead, or was this process and is done."""
+def abandoned(folder: Path) -> Iterator[Path]:
+    """Temporary files in ``folder`` whose writer is dead, or was this process and is done."""
     with contextlib.suppress(OSError):
-        for path in folder.iterdir():
+        for path in sorted(folder.iterdir()):
             match = _TEMPORARY.fullmatch(path.name)
             if match is None or match[1] != host_id() or path.name in _in_use:
                 continue
             if int(match[2]) == os.getpid() or not _is_alive(int(match[2]), match[3]):
-                with contextlib.suppress(OSError):
-                    path.unlink()
+                yield path
+
+
+def sweep(folder: Path) -> None:
+    """Remove what is `abandoned`."""
+    for path in abandoned(folder):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _is_alive(pid: int, started: str | None) -> bool:

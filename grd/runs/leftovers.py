@@ -53,3 +53,18 @@ def sweep(folder: RunFolder) -> None:
                 path.unlink(missing_ok=True)
         finally:
             os.close(lock)
+
+
+def half_written_checkpoints(folder: Path) -> Iterator[Path]:
+    """Temporary files of killed kernels in a folder of checkpoints, also of a run's further loops."""
+    from grd.experiment.checkpoint_folder import abandoned
+
+    for place in (folder, *sorted(folder.glob("loop-*"))):
+        yield from abandoned(place)
+
+
+def sweep_checkpoints(folder: Path) -> None:
+    """Remove what `half_written_checkpoints` finds: they may be what fills the disk. Never raises OSError."""
+    with contextlib.suppress(OSError):
+        for path in half_written_checkpoints(folder):
+            path.unlink(missing_ok=True)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 from datetime import datetime
+from pathlib import Path
 
 from grd import contract
 from grd.errors import ConfigurationError, RunNotFound
 from grd.files import LOCKS_UNSUPPORTED, atomic_write, take_lock
-from grd.runs import last_word, notebook_journal, reserve, store
+from grd.runs import last_word, leftovers, notebook_journal, reserve, store
 from grd.runs.events import EventLog, view_of
 from grd.runs.folder import RunFolder, process_marker
 from grd.runs.liveness import HEARTBEAT_SECONDS, heartbeat_age, needs_recovery
@@ -61,8 +62,6 @@ def current_record(folder: RunFolder, record: RunRecord | None = None, *, at_onc
 
 def all_current(runs_dir: os.PathLike[str]) -> list[tuple[RunFolder, RunRecord]]:
     """All runs in ``runs_dir`` as they truly are, newest first."""
-    from pathlib import Path
-
     found = []
     for folder, record in store.load_all(Path(runs_dir)):
         with contextlib.suppress(RunNotFound, ConfigurationError):
@@ -112,6 +111,7 @@ def _recover(folder: RunFolder, record: RunRecord) -> RunRecord:
     # The dead runner's kernel and its children first: a notebook that still runs may still write.
     if record.runner is None or record.runner.get("boot_id") == boot_id():
         reap(process_marker(record.run_id, record.attempt), wait_seconds=REAP_SECONDS)
+    leftovers.sweep_checkpoints(Path(record.checkpoint_dir))
     told = last_word.find(folder, record)
     record = told or _as_lost(folder, record)
     attempt = record.current

@@ -95,6 +95,8 @@ def _leftovers(folder: RunFolder) -> Iterator[tuple[Path, str]]:
         yield path, "half-written by somebody who was killed"
     record = store.load(folder)
     checkpoints = Path(record.checkpoint_dir)
+    for path in leftovers.half_written_checkpoints(checkpoints):
+        yield path, "half-written by somebody who was killed"
     for path in sorted(checkpoints.glob("superseded-*")):
         if path.is_dir():
             yield path, "checkpoints of a replaced lineage"

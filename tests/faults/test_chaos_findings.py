@@ -153,3 +153,39 @@ def test_a_line_is_not_written_onto_what_another_killed_writer_left_of_its_own(t
     runner.append({"kind": "state"})
     runner.append_bytes(b'{"kind": "last"}\n')
     assert [event["kind"] for _, event in read_json_lines(runner.path)] == ["progress", "state", "last"]
+
+
+SAVES_FOR_EVER = """
+import os, time
+from grd.experiment import CheckpointHandler
+handler = CheckpointHandler(checkpoint_dir)
+handler.save_checkpoint(0, {"w": [1.0]})
+def never(descriptor):
+    print("half-written", flush=True)
+    time.sleep(600)
+os.fsync = never
+handler.save_checkpoint(1, {"w": [2.0]})
+"""
+
+
+@pytest.mark.parametrize("killed", [("kernel",), ("kernel", "runner")], ids="+".join)
+def test_a_checkpoint_that_a_killed_kernel_left_half_written_is_swept_at_the_end(
+    project: Project, killed: tuple[str, ...]
+) -> None:
+    project.notebook("run.ipynb", SAVES_FOR_EVER, parameters=PARAMETERS)
+    assert project.grd("research", "run.ipynb", "--detach", "--timeout", "10m", "--grace", "3s").code == 0
+    project.wait_for_output("half-written")
+    record, folder = project.record(), project.only_run() / "checkpoints"
+    assert len(list(folder.glob(".*.tmp"))) == 1
+    for role in reversed(killed):  # the runner first: it must not see the kernel's end
+        pid = record["runner"]["pid"] if role == "runner" else record["processes"][role]["pid"]
+        os.kill(pid, signal.SIGKILL)
+    assert project.grd("wait", "last").code == 75
+    wait_until(
+        lambda: project.grd("status", "last", "--json").json["processes"] == {}, "the end of the guardian"
+    )
+    assert sorted(path.name for path in folder.glob("*.pt")) == [
+        "checkpoint_epoch_0.pt",
+        "checkpoint_latest.pt",
+    ]
+    assert not list(folder.glob(".*.tmp"))
