@@ -11,6 +11,8 @@ from pathlib import Path
 
 from conftest import Project, wait_until
 
+from grd.files import take_lock
+
 PARAMETERS = "epochs = 4\nseconds = 0.0\ntimeout = None\ncheckpoint_dir = ''\nresume = False"
 TRAIN = """
 import time
@@ -191,6 +193,27 @@ def test_rm_and_gc_delete_what_they_say_and_never_what_is_in_use(project: Projec
     assert run.exists()
     assert project.grd("rm", run.name).code == 0
     assert not run.exists()
+
+
+def test_gc_sweeps_what_a_runner_that_was_killed_left_beside_the_state_page(project: Project) -> None:
+    project.notebook("run.ipynb", "1")
+    assert project.grd("research", "run.ipynb").code == 0
+    planning = project.path / ".planning"
+    half, mine = planning / ".STATE.md.8a7b6c5d.tmp", planning / ".notes.tmp"
+    for path in (half, mine):
+        path.write_text("half")
+    listed = project.grd("gc", "--dry-run", "--json").json["removed"]
+    assert str(half) in [item["path"] for item in listed]
+    assert half.exists()
+    writing = take_lock(project.runs_dir / ".state-page.lock")
+    assert writing is not None
+    try:  # somebody writes the page just now: it is theirs
+        assert project.grd("gc").code == 0
+        assert half.exists()
+    finally:
+        os.close(writing)
+    assert project.grd("gc").code == 0
+    assert (half.exists(), mine.exists()) == (False, True)
 
 
 def test_the_state_page_keeps_every_other_byte_and_names_the_next_command(project: Project) -> None:

@@ -7,7 +7,7 @@ people: only that section is ever touched, and the file is made only where there
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +72,15 @@ def state_section(found: Overview) -> str:
     return "\n".join(lines)
 
 
+PAGE_LOCK = ".state-page.lock"
+
+
+def half_written_pages(planning: Path) -> Iterator[Path]:
+    """What runners that were killed while they wrote STATE.md have left beside it; of dead ones only for
+    who holds `PAGE_LOCK`."""
+    yield from sorted(planning.glob(".STATE.md.*.tmp"))
+
+
 def write_state_page(runs_dir: Path) -> bool:
     """Bring the section in the project's STATE.md up to date; False if there is no ``.planning`` folder.
 
@@ -80,12 +89,12 @@ def write_state_page(runs_dir: Path) -> bool:
     planning = find_project_root(runs_dir) / ".planning"
     if not planning.is_dir():
         return False
-    lock = take_lock(runs_dir / ".state-page.lock", wait_seconds=LOCK_WAIT_SECONDS)
+    lock = take_lock(runs_dir / PAGE_LOCK, wait_seconds=LOCK_WAIT_SECONDS)
     if lock is None:
         raise ReportError("another runner has been writing STATE.md for long")
     try:
-        for half_written in planning.glob(".STATE.md.*.tmp"):  # of a runner that was killed with this lock
-            half_written.unlink(missing_ok=True)
+        for path in half_written_pages(planning):
+            path.unlink(missing_ok=True)
         records = [record for _, record in recovery.all_current(runs_dir)]
         write_section(planning / "STATE.md", SECTION, state_section(overview(records)))
     finally:

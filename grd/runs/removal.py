@@ -15,7 +15,9 @@ from grd.errors import ConfigurationError, RunBusy, RunNotFound
 from grd.files import read_json, take_lock
 from grd.runs import leftovers, store
 from grd.runs.folder import RunFolder, run_folders
+from grd.runs.handover import PAGE_LOCK, half_written_pages
 from grd.runs.recovery import current_record, guardian_is_at_work
+from grd.settings import find_project_root
 
 ABANDONED_SECONDS = 3600.0
 """A start that is this old and has no name yet was killed in the middle."""
@@ -54,6 +56,7 @@ def collect_garbage(runs_dir: Path, *, dry_run: bool) -> Iterator[Removed]:
     """Delete, and yield, what no resume and no reader needs any more."""
     for path, what in _abandoned(runs_dir):
         yield _delete(path, what, dry_run)
+    yield from _half_written_pages(runs_dir, dry_run)
     for folder in list(run_folders(runs_dir)):
         try:
             record = current_record(folder)
@@ -81,6 +84,19 @@ def _abandoned(runs_dir: Path) -> Iterator[tuple[Path, str]]:
     for path in sorted((runs_dir / ".keys").glob("*")):
         if path.suffix != ".lock" and not RunFolder(runs_dir / path.read_text().strip()).record.exists():
             yield path, "key of a deleted run"
+
+
+def _half_written_pages(runs_dir: Path, dry_run: bool) -> Iterator[Removed]:
+    pages = list(half_written_pages(find_project_root(runs_dir) / ".planning"))
+    lock = take_lock(runs_dir / PAGE_LOCK) if pages else None
+    if lock is None:
+        return  # nothing, or somebody writes the page just now, and sweeps
+    try:
+        for path in pages:
+            if path.exists():
+                yield _delete(path, "half-written by somebody who was killed", dry_run)
+    finally:
+        os.close(lock)
 
 
 def _leftovers(folder: RunFolder) -> Iterator[tuple[Path, str]]:

@@ -233,6 +233,9 @@ class Campaign:
                 checker.expect(max(earlier) < later[0][0], f"attempt {number} ran beside an older kernel")
         left = checker.temporaries()
         checker.expect(not left, f"left behind at the end: {sorted(path.name for path in left)}")
+        # Who is killed while it writes the page of a run that has ended leaves its half to the next writer of
+        # the page, or to `grd gc`.
+        self.lane.grd("gc")
         planning = [p.name for p in (self.lane.project / ".planning").glob(".*.tmp")]
         checker.expect(not planning, f"left behind beside STATE.md: {planning}")
         if checker.problems:
