@@ -103,6 +103,25 @@ def test_the_check_for_heavy_packages_can_fail(tmp_path: Path) -> None:
     assert "papermill" in loaded_by("import papermill", tmp_path)
 
 
+def test_reading_a_notebook_does_not_build_the_grammar_of_iris_and_the_check_still_works(
+    tmp_path: Path,
+) -> None:
+    """jsonschema would build it at its import: nine tenths of a second."""
+    pytest.importorskip("lark", reason="the grammar comes with jupyter_server, which is not installed")
+    code = """
+import sys
+from grd.execution.notebooks import parse_notebook
+text = '{"cells": [{"cell_type": "code", "source": "1", "metadata": {}, "outputs": [], "execution_count": null}],'
+parse_notebook(text + '"metadata": {}, "nbformat": 4, "nbformat_minor": 4}', "x.ipynb")
+print("rfc3987_syntax" in sys.modules, "rfc3987_syntax.syntax_helpers" in sys.modules)
+import jsonschema
+checker = jsonschema.FormatChecker()
+print([checker.conforms(iri, "iri") for iri in ("http://example.org/\u00e4", "no iri <")])
+print("rfc3987_syntax.syntax_helpers" in sys.modules)
+"""
+    assert run_python(code, tmp_path).splitlines() == ["False False", "[True, False]", "True"]
+
+
 def test_the_engine_module_costs_no_papermill(tmp_path: Path) -> None:
     assert loaded_by("import grd.execution.engine", tmp_path) == set()
 

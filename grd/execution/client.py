@@ -268,7 +268,11 @@ class GrdNotebookClient(StartingClient):
     def output(self, outs: list[Any], msg: Any, display_id: str | None, cell_index: int) -> Any:
         """Append an output, in the notebook and in the journal."""
         waited = self.clear_before_next_output
-        out = super().output(outs, msg, display_id, cell_index)
+        out = _printed(msg) if not waited and not self._has_hook(msg) else None
+        if out is None:
+            out = super().output(outs, msg, display_id, cell_index)
+        else:
+            outs.append(out)
         if waited and not self.clear_before_next_output:
             self._cleared(cell_index)
         if out is None:
@@ -283,6 +287,10 @@ class GrdNotebookClient(StartingClient):
         for omission in self.limit.add(cell_index, at, output_size(kept)):
             self._leave_out(omission)
         return out
+
+    def _has_hook(self, msg: Any) -> bool:
+        """Whether an Output widget takes what comes."""
+        return bool(self.output_hook_stack.get(msg["parent_header"].get("msg_id")))
 
     def _leave_out(self, omission: Omission) -> None:
         """Empty the place of an output, in the notebook and in the journal."""
@@ -312,3 +320,16 @@ class GrdNotebookClient(StartingClient):
                     shown = outputs[position]
                     entry = {"op": journal.UPDATE, "i": cell_index, "at": position}
                     self.managed.put({**entry, "data": shown["data"], "metadata": shown["metadata"]})
+
+
+def _printed(msg: Any) -> Any:
+    """Printed text as the output that it becomes; None for anything else, or what breaks the format.
+
+    nbformat holds each output against the schema of all of them, which takes longer than everything else
+    that is done with a printed line.
+    """
+    content = msg["content"]
+    if msg["msg_type"] != "stream" or content.get("name") not in ("stdout", "stderr"):
+        return None
+    text = content.get("text")
+    return NotebookNode(output_type="stream", name=content["name"], text=text) if type(text) is str else None

@@ -107,11 +107,16 @@ class UnlimitedKernelClient(PromptKernelClient):
 
 async def messages(channel: Any) -> AsyncIterator[Message]:
     """The messages of ``channel`` as they come, for ever."""
-    direct: zmq.Socket[bytes] | None = None
-    if isinstance(channel.socket, zmq.asyncio.Socket):
-        direct = zmq.Socket.shadow(channel.socket)
+    socket, direct = channel.socket, None
+    if isinstance(socket, zmq.asyncio.Socket):
+        direct = zmq.Socket.shadow(socket)
     while True:
-        yield await ensure_async(channel.get_msg(timeout=None))
+        if direct is None:
+            yield await ensure_async(channel.get_msg(timeout=None))
+        else:
+            # get_msg would first ask whether there is one, through three more futures. Nothing is ever sent
+            # on this channel: the word that one has come cannot be missed.
+            yield _unpacked(await socket.recv_multipart(), channel.session)
         pause_at = time.monotonic() + READ_SECONDS
         while direct is not None and (message := _waiting(direct, channel.session)) is not None:
             yield message
@@ -126,6 +131,10 @@ def _waiting(socket: zmq.Socket[bytes], session: Any) -> Message | None:
         parts = socket.recv_multipart(zmq.NOBLOCK)
     except zmq.Again:
         return None
+    return _unpacked(parts, session)
+
+
+def _unpacked(parts: list[bytes], session: Any) -> Message:
     _, parts = session.feed_identities(parts)
     message: Message = session.deserialize(parts)
     return message

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grd.errors import KernelUnavailable, NotebookError, NotebookNotFound
+from grd.execution.slow_imports import import_jsonschema
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def read_notebook(location: str) -> Source:
 
 def parse_notebook(text: str, location: str) -> Any:
     """The nbformat 4 notebook in ``text``; older formats are upgraded. Raises NotebookError."""
+    import_jsonschema()
     import nbformat
 
     try:

@@ -22,6 +22,7 @@ from typing import Any
 from grd import contract
 from grd.errors import GrdError
 from grd.execution.outcome import Outcome, storage_cause
+from grd.execution.slow_imports import import_jsonschema
 from grd.execution.stopping import Stopper
 from grd.files import atomic_write, read_json, write_json
 from grd.runs import handover, last_word, leftovers, reserve, store
@@ -181,6 +182,7 @@ class Runner:
     def _execute(self) -> Outcome:
         import logging
 
+        import_jsonschema()
         import papermill
         from papermill.execute import remove_error_markers
         from papermill.iorw import write_ipynb

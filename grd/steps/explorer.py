@@ -12,6 +12,7 @@ from typing import Any
 
 from grd import settings
 from grd.errors import KernelUnavailable, ReportError, ResourceUnavailable
+from grd.execution.slow_imports import import_jsonschema
 from grd.files import read_json, shipped_file, write_json
 from grd.hardware.facts import one_line
 from grd.marked_section import check_section, check_target
@@ -90,6 +91,7 @@ def _literal(path: Path) -> str:
 
 def _profile_in_kernel(project_root: Path) -> dict[str, Any]:
     """The profile as the notebook captures it. Raises KernelUnavailable or ResourceUnavailable."""
+    import_jsonschema()
     import papermill
     from jupyter_client.kernelspec import NoSuchKernel
     from nbclient.exceptions import DeadKernelError
