@@ -111,8 +111,8 @@ def test_reading_a_notebook_does_not_build_the_grammar_of_iris_and_the_check_sti
     code = """
 import sys
 from grd.execution.notebooks import parse_notebook
-text = '{"cells": [{"cell_type": "code", "source": "1", "metadata": {}, "outputs": [], "execution_count": null}],'
-parse_notebook(text + '"metadata": {}, "nbformat": 4, "nbformat_minor": 4}', "x.ipynb")
+cell = '{"cell_type": "code", "source": "1", "metadata": {}, "outputs": [], "execution_count": null}'
+parse_notebook(f'{{"cells": [{cell}], "metadata": {{}}, "nbformat": 4, "nbformat_minor": 4}}', "x.ipynb")
 print("rfc3987_syntax" in sys.modules, "rfc3987_syntax.syntax_helpers" in sys.modules)
 import jsonschema
 checker = jsonschema.FormatChecker()

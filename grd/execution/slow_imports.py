@@ -1,4 +1,4 @@
-"""Importing jsonschema, which nbformat and papermill need, without what takes longest and is hardly ever used."""
+"""Importing jsonschema, which nbformat and papermill need, without what takes longest and they never use."""
 
 from __future__ import annotations
 
