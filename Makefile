@@ -11,7 +11,7 @@ PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c constr
 SOURCES = pyproject.toml constraints.txt
 
 .DEFAULT_GOAL = help
-.PHONY: help venv demo test check faults chaos papermill-suite test-ipykernel6 test-frameworks recipes-full wheel-test bench clean
+.PHONY: help venv demo test check faults chaos papermill-suite test-ipykernel6 test-frameworks test-gpu recipes-full wheel-test bench clean
 .DELETE_ON_ERROR:
 
 help:  ## show this
@@ -25,6 +25,9 @@ demo: $(VENV)/.installed-demo  ## explore, train, interrupt, resume, compare (ab
 
 test: $(VENV)/.installed-dev  ## all tests but the slow ones below
 	$(PY) -m pytest -n 3 --dist loadfile -m 'not faults and not wheel and not gpu and not frameworks'
+
+test-gpu: $(VENV)/.installed-dev  ## what needs a CUDA device, and a torch that can use it in .venv
+	$(PY) -m pytest -m gpu
 
 faults: $(VENV)/.installed-dev  ## the longer fault suite: real processes killed at chosen moments
 	$(PY) -m pytest -n 4 --dist load -m faults

@@ -15,7 +15,7 @@ _PUBLIC = {
     "explore": "grd.steps.explorer",
     "list_runs": "grd.steps.run",
     "research": "grd.steps.researcher",
-    "resume": "grd.steps.researcher",
+    "resume": "grd.steps.resuming",
     "run_with_timeout": "grd.execution.command",
     "status": "grd.steps.run",
 }
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from grd.execution.command import run_with_timeout
     from grd.steps.awaiting import aresearch, aresume
     from grd.steps.explorer import explore
-    from grd.steps.researcher import research, resume
+    from grd.steps.researcher import research
+    from grd.steps.resuming import resume
     from grd.steps.run import Run, list_runs, status
 
 

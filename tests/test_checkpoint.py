@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -404,6 +405,51 @@ def test_a_full_disk_leaves_the_version_before_and_one_clear_error(tmp_path: Pat
         assert not list(tmp_path.glob(".*"))
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_handlers_and_threads_that_save_into_one_folder_do_not_harm_each_other(tmp_path: Path) -> None:
+    keepers = [handler(tmp_path), handler(tmp_path, async_save=True)]
+
+    def save(number: int) -> None:
+        for epoch in range(number, 40, 4):
+            keepers[number % 2].save_checkpoint(epoch, {"w": torch.full((20_000,), float(epoch))}, loss=1.0)
+
+    threads = [threading.Thread(target=save, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    keepers[1].flush()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for epoch in range(40):
+            loaded = keepers[0].load_checkpoint(epoch=epoch)
+            assert loaded is not None and bool((loaded["model_state"]["w"] == epoch).all())
+        assert keepers[0].get_resumability_hints()["latest_epoch"] == 39
+    assert not list(tmp_path.glob(".*"))
+
+
+MANY = """
+import sys, torch
+from grd.experiment import CheckpointHandler
+keeper = CheckpointHandler(sys.argv[1], keep_bytes="1GB")
+for epoch in range(int(sys.argv[2]), 30, 3):
+    keeper.save_checkpoint(epoch, {"w": torch.full((50_000,), float(epoch))})
+"""
+
+
+def test_processes_that_save_into_one_folder_at_once_do_not_harm_each_other(tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", MANY, str(tmp_path)]
+    savers = [subprocess.Popen([*command, str(first)], env=env, stderr=subprocess.PIPE) for first in range(3)]
+    for saver in savers:
+        assert saver.wait(120) == 0, saver.communicate()[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for epoch in range(30):
+            loaded = handler(tmp_path).load_checkpoint(epoch=epoch)
+            assert loaded is not None and bool((loaded["model_state"]["w"] == epoch).all())
+        assert handler(tmp_path).load_checkpoint() is not None
 
 
 # --- lineage, fence, keeping house -----------------------------------------------------------------------

@@ -74,6 +74,7 @@ def train(
     kill_at: int | None = None,
     every: str | int = "auto",
     loader: Any = None,
+    async_save: bool = False,
 ) -> dict[str, Any]:
     """One whole training with every kind of state; ``kill_at`` counts steps of this process."""
     random.seed(5)
@@ -94,7 +95,7 @@ def train(
     steps = 0
     for epoch in training.epochs(
         epochs, model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema, state=state,
-        checkpoint_dir=folder, resume=resume, every=every, seed=11,
+        checkpoint_dir=folder, resume=resume, every=every, seed=11, async_save=async_save,
     ):  # fmt: skip
         model.train()
         for x, y in epoch.steps(data):
@@ -163,22 +164,24 @@ def test_saving_does_not_change_a_training(tmp_path: Path, uninterrupted: dict[s
     same(train(tmp_path, every="0.0000001s"), uninterrupted)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kills=st.lists(st.integers(1, 14), min_size=1, max_size=3),
     every=st.sampled_from(["auto", 2, "0.0000001s"]),
+    async_save=st.booleans(),
 )
 def test_kills_at_any_steps_then_a_resume_end_where_no_kill_would_have(
     tmp_path_factory: pytest.TempPathFactory,
     uninterrupted: dict[str, Any],
     kills: list[int],
     every: str | int,
+    async_save: bool,
 ) -> None:
     folder = tmp_path_factory.mktemp("killed")
     resume = False
     for kill_at in kills:
         try:
-            train(folder, resume=resume, kill_at=kill_at, every=every)
+            train(folder, resume=resume, kill_at=kill_at, every=every, async_save=async_save)
         except Killed:
             resume = True
             continue
@@ -270,14 +273,17 @@ SCRIPT = textwrap.dedent(
                 os.kill(os.getpid(), getattr(signal, mode))
         return plain_log(self, name, value, n)
     t.training.Epoch.mean = mean
-    result = t.train(t.Path(folder), resume=bool(int(sys.argv[4])), every="0.0000001s")
+    resume, beside = bool(int(sys.argv[4])), bool(int(sys.argv[5]))
+    result = t.train(t.Path(folder), resume=resume, every="0.0000001s", async_save=beside)
     print(json.dumps(result))
     """
 )
 
 
-def in_process(folder: Path, mode: str, at: int, resume: bool) -> subprocess.CompletedProcess[str]:
-    arguments = map(str, (folder, mode, at, int(resume)))
+def in_process(
+    folder: Path, mode: str, at: int, resume: bool, async_save: bool
+) -> subprocess.CompletedProcess[str]:
+    arguments = map(str, (folder, mode, at, int(resume), int(async_save)))
     return subprocess.run(
         [sys.executable, "-c", SCRIPT.format(tests=str(ROOT / "tests")), *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -287,20 +293,24 @@ def in_process(folder: Path, mode: str, at: int, resume: bool) -> subprocess.Com
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("async_save", [False, True], ids=["waited for", "in the background"])
 @pytest.mark.parametrize("mode", ["SIGKILL", "SIGTERM"])
 def test_a_process_ended_by_a_real_signal_resumes_bit_by_bit(
-    tmp_path: Path, uninterrupted: dict[str, Any], mode: str
+    tmp_path: Path, uninterrupted: dict[str, Any], mode: str, async_save: bool
 ) -> None:
-    first = in_process(tmp_path, mode, 9, False)
+    first = in_process(tmp_path, mode, 9, False, async_save)
     if mode == "SIGKILL":
         assert first.returncode == -signal.SIGKILL
     else:
         assert first.returncode == 1 and "ExperimentInterrupted" in first.stderr
-    second = in_process(tmp_path, "SIGKILL", -1, True)
+    second = in_process(tmp_path, "SIGKILL", -1, True, async_save)
     assert second.returncode == 0, second.stderr
     result, expected = json.loads(second.stdout), json.loads(json.dumps(uninterrupted))
     repeated = 1 if mode == "SIGKILL" else 0  # the step it died in
-    assert len(result["trace"]) == 15 - 9 + repeated
+    if mode == "SIGKILL" and async_save:
+        assert len(result["trace"]) >= 15 - 9 + repeated  # and those whose save was under way
+    else:
+        assert len(result["trace"]) == 15 - 9 + repeated
     same(result, expected)
 
 

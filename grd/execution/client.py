@@ -15,7 +15,7 @@ from nbformat import NotebookNode
 from papermill.engines import NotebookExecutionManager
 
 from grd.execution import provisioner
-from grd.execution.kernel_messages import PromptKernelClient, UnlimitedKernelClient, messages
+from grd.execution.kernel_messages import MessageReader, PromptKernelClient, UnlimitedKernelClient
 from grd.execution.notebooks import kernel_specs
 from grd.execution.output_limit import Omission, OutputLimit, output_size
 from grd.execution.saving import NotebookSaver
@@ -125,6 +125,7 @@ class GrdNotebookClient(StartingClient):
         self.limit = limit
         self.lost_output = False
         self._questions: set[str] = set()
+        self._reader: MessageReader | None = None
         self.ran_all = False
         self.cell_error: CellExecutionError | None = None
         self.current_cell: int | None = None
@@ -233,7 +234,10 @@ class GrdNotebookClient(StartingClient):
         """Read the cell's output until the kernel says that the cell, or a later question, is over."""
         assert self.kc is not None
         self._questions.clear()  # a late answer to one of an earlier cell says nothing of this one
-        async for message in messages(self.kc.iopub_channel):
+        if self._reader is None or self._reader.channel is not self.kc.iopub_channel:
+            self._reader = MessageReader(self.kc.iopub_channel)
+        while True:
+            message = await self._reader.next()
             parent = message["parent_header"].get("msg_id")
             if parent in self._questions and message["content"].get("execution_state") == "idle":
                 self.lost_output = True

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from datetime import datetime
 from queue import Empty
 from typing import Any
@@ -105,24 +105,32 @@ class UnlimitedKernelClient(PromptKernelClient):
     receive_limit = 0
 
 
-async def messages(channel: Any) -> AsyncIterator[Message]:
-    """The messages of ``channel`` as they come, for ever."""
-    socket, direct = channel.socket, None
-    if isinstance(socket, zmq.asyncio.Socket):
-        direct = zmq.Socket.shadow(socket)
-    while True:
-        if direct is None:
-            yield await ensure_async(channel.get_msg(timeout=None))
-        else:
-            # get_msg would first ask whether there is one, through three more futures. Nothing is ever sent
-            # on this channel: the word that one has come cannot be missed.
-            yield _unpacked(await socket.recv_multipart(), channel.session)
-        pause_at = time.monotonic() + READ_SECONDS
-        while direct is not None and (message := _waiting(direct, channel.session)) is not None:
-            yield message
-            if time.monotonic() > pause_at:
-                await asyncio.sleep(0)
-                pause_at = time.monotonic() + READ_SECONDS
+class MessageReader:
+    """Reads the messages of a channel to which nothing is ever sent, as they come."""
+
+    def __init__(self, channel: Any) -> None:
+        self.channel = channel
+        self._socket = channel.socket
+        self._direct: zmq.Socket[bytes] | None = None
+        if isinstance(self._socket, zmq.asyncio.Socket):
+            self._direct = zmq.Socket.shadow(self._socket)
+        self._pause_at = 0.0
+
+    async def next(self) -> Message:
+        """The next message, however long that takes."""
+        if self._direct is None:
+            return dict(await ensure_async(self.channel.get_msg(timeout=None)))
+        if time.monotonic() > self._pause_at:
+            await asyncio.sleep(0)
+            self._pause_at = time.monotonic() + READ_SECONDS
+        message = _waiting(self._direct, self.channel.session)
+        if message is not None:
+            return message
+        # get_msg would first ask whether there is one, through three more futures. As nothing is sent on this
+        # channel, the word that one has come cannot be missed.
+        parts = await self._socket.recv_multipart()
+        self._pause_at = time.monotonic() + READ_SECONDS
+        return _unpacked(parts, self.channel.session)
 
 
 def _waiting(socket: zmq.Socket[bytes], session: Any) -> Message | None:

@@ -78,14 +78,22 @@ def has_torch() -> bool:
         return False
 
 
-def prepare(state: Mapping[str, Any], *, allow_pickle: bool = False) -> Any:
-    """``state`` as it will be written. Raises CheckpointRefused naming the key that cannot be stored."""
+def prepare(state: Mapping[str, Any], *, allow_pickle: bool = False, private: list[Any] | None = None) -> Any:
+    """``state`` as it will be written. Raises CheckpointRefused naming the key that cannot be stored.
+
+    What had to be copied for that, and nobody else can change, is added to ``private``.
+    """
     torch = _torch()
     if torch is None:
         return encode(dict(state), allow_pickle=allow_pickle)
 
     def blob(data: bytes) -> Any:  # as bytes, torch's pickle protocol would store half as much again
-        return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else data
+        if not data:
+            return data
+        tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        if private is not None:
+            private.append(tensor)
+        return tensor
 
     return encode(dict(state), allow_pickle=allow_pickle, blob=blob)
 
@@ -100,12 +108,11 @@ def _torch() -> Any:
     return torch
 
 
-def write(path: Path, state: Mapping[str, Any], *, allow_pickle: bool = False) -> Written:
-    """Write ``state`` to a new file ``path``, flushed and synced.
+def write(path: Path, prepared: Any) -> Written:
+    """Write what `prepare` returned to a new file ``path``, flushed and synced.
 
-    Raises OSError (also for a full disk) and CheckpointRefused; the caller removes what was begun.
+    Raises OSError, also for a full disk; the caller removes what was begun.
     """
-    prepared = prepare(state, allow_pickle=allow_pickle)
     torch = _torch()
     with open(path, "xb") as file:
         stream = _HashingStream(file)

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import math
-import os
 import threading
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from grd import contract
 from grd.errors import CheckpointCorrupt, CheckpointError, CheckpointFenced, CheckpointRefused
 from grd.experiment import checkpoint_file, checkpoint_folder, interruption, saving_history
+from grd.experiment.background_save import BackgroundSave
 from grd.experiment.checkpoint_folder import Found, version_name
-from grd.experiment.events import attempt_number, emit, run_id
-from grd.experiment.manifest import Entry, append_entry, process_id, read_entries, read_manifest
+from grd.experiment.checkpoint_writer import CheckpointWriter, Job, Saved, budget_of, check_fence
+from grd.experiment.events import emit, run_id
+from grd.experiment.manifest import read_entries
 from grd.experiment.reporting import as_number
+from grd.experiment.schedule import SMALL_STATE_BYTES
+from grd.experiment.snapshot import SnapshotMemory, available_bytes, gpu_bytes
 from grd.experiment.state_encoding import as_json
-from grd.files import fsync_folder
-from grd.settings import Settings, parse_size
 
 FORMAT = "grd.checkpoint/1"
 
-_lock = threading.RLock()
-_lineages: dict[str, int] = {}
-_known_good: dict[str, set[str]] = {}
-_work_began: dict[str, float] = {}
+AsyncSave = bool | Literal["auto"]
 
 
 class CheckpointHandler:
@@ -37,6 +35,11 @@ class CheckpointHandler:
     (default GRD_CHECKPOINT_BUDGET, else 20 GB; never fewer than two good ones). ``resume=False`` moves the
     files of earlier attempts aside; otherwise what is there is continued. With ``install_signal_handlers``
     SIGTERM and SIGINT set ``interrupted`` (main thread only) until `close` or the handler's end.
+
+    With ``async_save`` a save copies the state and returns; a thread writes it, while the training goes on
+    (`flush` waits). That takes as much memory as the state has. ``"auto"`` does so for states of 32 MB and
+    more on a GPU, if half of the free memory holds them: on a busy CPU the training loses to the thread what
+    it gains by not waiting.
 
     Without torch the files keep their names and hold JSON and raw arrays. Raises OSError if the folder
     cannot be made.
@@ -51,22 +54,23 @@ class CheckpointHandler:
         install_signal_handlers: bool = True,
         resume: bool | None = None,
         report_events: bool = True,
+        async_save: AsyncSave = False,
     ) -> None:
         self.report_events = report_events
         self.checkpoint_dir = Path(checkpoint_dir)
         self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
         self.total_epochs = total_epochs
         self.keep_bytes = budget_of(keep_bytes)
+        self.async_save = async_save
         self.interrupted = False
-        self._key = os.path.realpath(self.checkpoint_dir)
-        _work_began.setdefault(self._key, time.monotonic())
+        self._writer = CheckpointWriter(self.checkpoint_dir, self.keep_bytes)
+        self._memory = SnapshotMemory()
+        self._saving: BackgroundSave | None = None
+        self._turn = threading.RLock()
+        self._told_of_no_copy = False
         checkpoint_folder.sweep(self.checkpoint_dir)
         if resume is False:
-            check_fence(self.checkpoint_dir)
-            with _lock:
-                checkpoint_folder.move_aside(
-                    self.checkpoint_dir, lambda version: not version.is_ours, reason="a fresh start"
-                )
+            self._writer.move_aside_what_is_not_ours()
         if install_signal_handlers:
             interruption.watch(self)
 
@@ -85,14 +89,19 @@ class CheckpointHandler:
         step: int | None = None,
         state: Any = None,
         allow_pickle: bool = False,
+        async_save: AsyncSave | None = None,
         **more: Any,
     ) -> Path:
         """Save the state after ``epoch``, or after ``step`` steps inside it; returns the file's path.
 
         Model and optimizer are objects with ``state_dict()`` or their states. ``metadata`` becomes JSON
-        data. Whatever else is to come back goes by name. Raises CheckpointRefused for what could not be
-        loaded without running code, CheckpointFenced if a newer attempt owns the folder, CheckpointError if
-        it cannot be written; then the versions before are as they were.
+        data. Whatever else is to come back goes by name. ``async_save`` is the handler's where not given;
+        such a save first waits for the one before, and its file is there once `flush` has returned.
+
+        Raises CheckpointRefused for what could not be loaded without running code, CheckpointFenced if a
+        newer attempt owns the folder, CheckpointError if it cannot be written; then the versions before are
+        as they were. What was wrong with a save in the background is raised by `flush`, or told in a
+        warning by the next save.
         """
         clash = sorted(set(more) & {"format"})
         if clash:
@@ -103,7 +112,9 @@ class CheckpointHandler:
         loss_value = None if loss is None else _plain_loss(loss)
         total = self.total_epochs if self.total_epochs is not None else facts.get("total_epochs")
         # From the first look at the state to the event: none of it may be cut by a signal.
-        with interruption.saving():
+        with interruption.saving(), self._turn:
+            began = time.monotonic()
+            self._tell_of_the_one_before()
             payload = {
                 "format": FORMAT,
                 "epoch": epoch if step is None else epoch - 1,
@@ -115,106 +126,116 @@ class CheckpointHandler:
                 **({} if state is None else {"state": state}),
                 **more,
             }
-            started = time.monotonic()
-            with _lock:
-                path, size = self._write(version_name(epoch, step), payload, epoch, step, total, allow_pickle)
-                self.begin_work()
-            if self.report_events:
-                emit(
-                    contract.EVENT_CHECKPOINT,
-                    epoch=payload["epoch"],
-                    step=step,
-                    path=str(path.absolute()),
-                    bytes=size,
-                    seconds=round(time.monotonic() - started, 6),
-                )
-        return path
+            private: list[Any] = []
+            job = Job(
+                name=version_name(epoch, step),
+                content=checkpoint_file.prepare(payload, allow_pickle=allow_pickle, private=private),
+                named_epoch=epoch,
+                epoch=payload["epoch"],
+                step=step,
+                loss=None if loss_value is None else as_number(loss_value),
+                total_epochs=total if isinstance(total, int) else None,
+                stop=interruption.stop_requested(),
+                began=began,
+                work_seconds=began - self._writer.work_began,
+            )
+            wanted = self.async_save if async_save is None else async_save
+            if wanted == "auto":
+                wanted = _is_worth_a_copy(gpu_bytes(job.content))
+            if wanted and self._begin_in_background(job, private):
+                return self.checkpoint_dir / job.name
+            return self._write(job).path
 
-    def _write(
-        self,
-        name: str,
-        payload: dict[str, Any],
-        epoch: int,
-        step: int | None,
-        total: Any,
-        allow_pickle: bool,
-    ) -> tuple[Path, int]:
-        path = self.checkpoint_dir / name
-        lineage = self._lineage(epoch, step)
-        started = time.monotonic()
+    def _write(self, job: Job) -> Saved:
+        saved = self._writer.write(job)
+        if job.stall is None:
+            self._writer.begin_work()
+        if self.report_events:
+            emit(
+                contract.EVENT_CHECKPOINT,
+                epoch=job.epoch,
+                step=job.step,
+                path=str(saved.path.absolute()),
+                bytes=saved.size,
+                seconds=round(saved.seconds, 6),
+            )
+        return saved
+
+    # --- writing in the background ---
+
+    def _begin_in_background(self, job: Job, private: list[Any]) -> bool:
+        """Whether a thread writes ``job``; not where there is no memory for a copy."""
+        check_fence(self.checkpoint_dir)
         try:
-            with checkpoint_folder.temporary_name(self.checkpoint_dir, name) as temporary:
-                written = checkpoint_file.write(temporary, payload, allow_pickle=allow_pickle)
-                check_fence(self.checkpoint_dir)
-                # The entry comes before the rename: a crash between them leaves the old file, which matches
-                # its own older entry, and never a file of ours that nobody vouches for.
-                append_entry(
-                    self.checkpoint_dir,
-                    Entry(
-                        name=name,
-                        size=written.size,
-                        xxh3_128=written.xxh3_128,
-                        epoch=payload["epoch"],
-                        step=step,
-                        loss=None if payload["loss"] is None else as_number(payload["loss"]),
-                        lineage=lineage,
-                        attempt=attempt_number(),
-                        run_id=run_id(),
-                        process=process_id(),
-                        format=written.format,
-                        total_epochs=total if isinstance(total, int) else None,
-                        t=time.time(),
-                        seconds=round(time.monotonic() - started, 6),
-                        work_seconds=round(started - _work_began[self._key], 6),
-                        stop=interruption.stop_requested(),
-                    ),
-                )
-                check_fence(self.checkpoint_dir)
-                temporary.replace(path)
-                fsync_folder(self.checkpoint_dir)
-        except OSError as error:
-            raise CheckpointError(
-                f"{path} could not be saved: {error.strerror or error}; the versions before it are untouched"
-            ) from error
-        good = _known_good.setdefault(self._key, set())
-        good.add(name)
-        present = checkpoint_folder.versions(self.checkpoint_dir)
-        checkpoint_folder.point_latest(checkpoint_folder.newest_good(present, good) or path)
-        checkpoint_folder.prune(present, self.keep_bytes, good)
-        return path, written.size
+            snapshot = self._memory.take(job.content, private)
+        except (MemoryError, RuntimeError) as error:
+            self._memory.clear()
+            if not self._told_of_no_copy:
+                self._told_of_no_copy = True
+                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                _warn(f"no copy to save in the background ({first}): the training waits for its saves")
+            return False
+        now = time.monotonic()
 
-    def _lineage(self, epoch: int, step: int | None) -> int:
-        if self._key in _lineages:
-            return _lineages[self._key]
-        present = checkpoint_folder.versions(self.checkpoint_dir)
-        ours = [version.lineage for version in present if version.is_ours]
-        position = (epoch, math.inf if step is None else step)
-        if ours:
-            lineage = max(ours)
-        elif present and present[0].position < position:
-            lineage = max(1, present[0].lineage)
-        else:
-            # Nothing there, or somebody's later epochs, which must not win over the ones that come now.
-            lineage = self._next_lineage()
-        _lineages[self._key] = lineage
-        return lineage
+        def write(job: Job) -> Saved:
+            snapshot.wait()
+            return self._write(job)
 
-    def _next_lineage(self) -> int:
-        manifest = read_manifest(self.checkpoint_dir).values()
-        return max((entry.lineage for entries in manifest for entry in entries), default=0) + 1
+        self._saving = BackgroundSave(replace(job, content=snapshot.content, stall=now - job.began), write)
+        self._writer.begin_work()
+        return True
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save in the background has not been heard of yet."""
+        return self._saving is not None
+
+    def finished(self, *, wait: bool) -> BackgroundSave | None:
+        """The save in the background that has ended since the last call, however; None if none has."""
+        saving = self._saving
+        if saving is None or not (wait or saving.is_done):
+            return None
+        saving.wait()
+        self._saving = None
+        return saving
+
+    def _tell_of_the_one_before(self) -> None:
+        before = self.finished(wait=True)
+        if before is not None and isinstance(before.error, CheckpointFenced):
+            raise before.error
+        if before is not None and before.error is not None:
+            _warn(str(before.error))
+
+    def flush(self) -> Path | None:
+        """Wait for the save in the background; its path, or None if there was none.
+
+        Raises CheckpointError if it failed, CheckpointFenced if a newer attempt owns the folder.
+        """
+        with interruption.saving():
+            ended = self.finished(wait=True)
+        if ended is None or ended.saved is None:
+            if ended is not None and ended.error is not None:
+                raise ended.error
+            return None
+        return ended.saved.path
+
+    def release_memory(self) -> None:
+        """Give back the memory that saves in the background are copied to. Call `flush` before."""
+        self._memory.clear()
 
     def begin_lineage(self) -> None:
         """Let what is saved from now on win over everything in the folder, whatever its epoch."""
-        with _lock:
-            _lineages[self._key] = self._next_lineage()
+        self._writer.begin_lineage()
 
     def begin_work(self) -> None:
-        """Count what the next save makes safe from here: a training begins, or was just saved."""
-        _work_began[self._key] = time.monotonic()
+        """Count what the next save makes safe from here: a training begins."""
+        self._writer.begin_work()
 
     # --- reading ---
 
     def _scan(self, *, epoch: int | None = None, passed_over: set[Path] | None = None) -> Found | None:
+        if self._saving is not None:
+            self._saving.wait()
         result = checkpoint_folder.scan(self.checkpoint_dir, epoch=epoch, passed_over=passed_over or ())
         used = result.found.path.name if result.found is not None else "none, there is no other good one"
         for path, reason in result.damaged:
@@ -334,18 +355,9 @@ class CheckpointHandler:
         return self.interrupted
 
     def close(self) -> None:
-        """Give the signals back; closing twice is harmless."""
+        """Give the signals back, and `flush`, which raises what it raises; closing twice is harmless."""
         interruption.unwatch(self)
-
-
-def budget_of(keep_bytes: int | str | None) -> int:
-    """Bytes that versions may take: as asked for, as the run was told, or the default. Raises ValueError."""
-    if keep_bytes is not None:
-        return parse_size(keep_bytes)
-    try:
-        return parse_size(os.environ["GRD_CHECKPOINT_BUDGET"])
-    except (KeyError, ValueError):
-        return Settings().checkpoint_budget
+        self.flush()
 
 
 def _state_of(value: Any) -> Any:
@@ -361,19 +373,14 @@ def _plain_loss(loss: Any) -> float:
         raise CheckpointRefused(f"loss must be one number, not {type(loss).__name__}") from None
 
 
-def check_fence(folder: Path) -> None:
-    """Raise CheckpointFenced if GRD_FENCE names a newer attempt than ours."""
-    fence = os.environ.get(contract.ENV_FENCE)
-    if not fence:
-        return
-    try:
-        newest = int(Path(fence).read_text(encoding="utf-8").strip())
-    except (OSError, ValueError):
-        return
-    if newest > attempt_number():
-        raise CheckpointFenced(
-            f"attempt {newest} of this run owns {folder}; attempt {attempt_number()} wrote nothing"
-        )
+def _is_worth_a_copy(nbytes: int) -> bool:
+    room = available_bytes()
+    return nbytes >= SMALL_STATE_BYTES and (room is None or 2 * nbytes <= room)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"grd: {message}", RuntimeWarning, stacklevel=4)
+    emit(contract.EVENT_WARNING, message=message)
 
 
 def _restore(content: dict[str, Any], found: Found, model: Any, optimizer: Any) -> dict[str, Any]:

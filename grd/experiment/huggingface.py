@@ -28,7 +28,7 @@ from grd.errors import CheckpointError, ExperimentInterrupted, UsageError
 from grd.experiment import interruption
 from grd.experiment.checkpoint_file import digest
 from grd.experiment.checkpoint_folder import NEVER_FEWER_THAN
-from grd.experiment.checkpoint_handler import budget_of, check_fence
+from grd.experiment.checkpoint_writer import budget_of, check_fence
 from grd.experiment.events import attempt_number, emit, run_id
 from grd.experiment.reporting import as_number, log_metrics, report_progress
 from grd.experiment.schedule import Every, Schedule

@@ -46,6 +46,7 @@ class _Dispatcher:
         self.signal: int | None = None
         self.signal_time = 0.0
         self.saves: set[object] = set()  # its changes are atomic: several threads may save
+        self.background_saves: set[object] = set()
         self.handling = False
         self.owner = os.getpid()
         self.stop_file_time = float("-inf")
@@ -184,6 +185,7 @@ def _after_fork_in_child() -> None:
         with contextlib.suppress(ValueError, TypeError):
             signal.signal(signal.SIGTERM, _state.previous.get(signal.SIGTERM, signal.SIG_DFL))
     _state.saves.clear()  # the threads that save were not forked
+    _state.background_saves.clear()
     _after_fork()
 
 
@@ -298,9 +300,20 @@ def saving() -> Iterator[None]:
             os.kill(os.getpid(), unheard)
 
 
+@contextlib.contextmanager
+def saving_in_background() -> Iterator[None]:
+    """Mark a save of a state that nobody changes any more: a process that ends waits for it."""
+    token = object()
+    _state.background_saves.add(token)
+    try:
+        yield
+    finally:
+        _state.background_saves.discard(token)
+
+
 def _finish_saves() -> None:
     give_up = time.monotonic() + SAVES_AT_EXIT_SECONDS
-    while _state.saves and time.monotonic() < give_up:
+    while (_state.saves or _state.background_saves) and time.monotonic() < give_up:
         time.sleep(0.05)
 
 

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grd import contract
-from grd.errors import CheckpointError, CheckpointFenced, CheckpointRefused, ExperimentInterrupted
+from grd.errors import CheckpointError, CheckpointFenced, CheckpointRefused
 from grd.experiment import interruption, rng
 from grd.experiment.events import emit
 from grd.experiment.loader import steps_of
 from grd.experiment.reporting import as_number, log_metrics, report_progress
 from grd.experiment.schedule import Every, Schedule
+from grd.experiment.stopped import stopped
 from grd.experiment.training_loop import deadline_of_run, make_handler, max_lost_work
 from grd.experiment.training_state import count_parameters
 
@@ -269,15 +270,13 @@ class Survive(_Callback):
         if reason is None:
             return
         interruption.honoured()
-        if self._failure is not None:
-            kept = f"and the state could not be saved: {self._failure}"
-        elif self.handler is None:
-            kept = "nothing was saved, since there is no checkpoint_dir"
-        elif self._saved_at is None:
-            kept = "there was nothing new to save: resume to go on"
-        else:
-            kept = "the state is saved: resume to go on"
-        raise ExperimentInterrupted(f"stopped {where} ({reason}); {kept}", reason=reason)
+        raise stopped(
+            where,
+            reason,
+            saves=self.handler is not None,
+            saved=self._saved_at is not None,
+            failure=self._failure,
+        )
 
     def _report(self, trainer: Any, done: float, *, force: bool = False, **more: Any) -> None:
         if not trainer.is_global_zero:

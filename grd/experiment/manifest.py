@@ -50,8 +50,9 @@ def host_id() -> str:
 class Entry:
     """One version of one file. ``epoch`` is the last completed one; ``step`` counts inside the next.
 
-    ``seconds`` is what writing it took, ``work_seconds`` how long ago the save before it in this process
-    was, or the training began, ``stop`` the stop request it was written for; each None where not known.
+    ``seconds`` is what saving it took, ``stall_seconds`` how long the training stood still if that is less,
+    ``work_seconds`` how long before it the save before in this process was, or the training began, ``stop``
+    the stop request it was written for; each None where not known.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Entry:
     total_epochs: int | None
     t: float
     seconds: float | None = None
+    stall_seconds: float | None = None
     work_seconds: float | None = None
     stop: str | None = None
 
@@ -96,6 +98,7 @@ def _entry(record: dict[str, Any]) -> Entry | None:
             total_epochs=None if record.get("total_epochs") is None else int(record["total_epochs"]),
             t=float(record.get("t", 0.0)),
             seconds=_number(record.get("seconds")),
+            stall_seconds=_number(record.get("stall_seconds")),
             work_seconds=_number(record.get("work_seconds")),
             stop=None if record.get("stop") is None else str(record["stop"]),
         )

@@ -95,10 +95,14 @@ class Schedule:
         self._steps_since_save = 0
         self._saves: deque[float] = deque(maxlen=50)
         self._steps: deque[float] = deque(maxlen=200)
+        self._steps_beside_save: list[float] | None = None
+        self._stall = 0.0
+        self._in_background = 0.0
 
     def step_ended(self, now: float) -> None:
         """One step is done."""
-        self._steps.append(max(0.0, now - self._last_step))
+        seconds = max(0.0, now - self._last_step)
+        (self._steps_beside_save if self._steps_beside_save is not None else self._steps).append(seconds)
         self._last_step = now
         self._steps_since_save += 1
 
@@ -114,9 +118,36 @@ class Schedule:
         self._epochs_since_save = self._steps_since_save = 0
         if size is None:
             return
+        self._in_background = 0.0
+        self._saved(seconds, seconds, size)
+
+    def background_save_began(self, now: float, stall: float) -> None:
+        """A save stood in the way for ``stall`` seconds, and goes on beside the training."""
+        self._last_save = self._last_step = now
+        self._epochs_since_save = self._steps_since_save = 0
+        self._stall, self._steps_beside_save = stall, []
+
+    def background_save_ended(self, seconds: float, size: int | None) -> None:
+        """It took ``seconds`` in all for ``size`` bytes; None: it failed."""
+        beside, self._steps_beside_save = self._steps_beside_save or [], None
+        if size is None:
+            return
+        # What it costs is the time that the training has lost: it stood still, and its steps took longer.
+        slower = seconds - self._stall  # at most, for all that is known
+        if self._steps and beside:
+            slower = min(slower, max(0.0, sum(beside) - len(beside) * statistics.median(self._steps)))
+        self._in_background = seconds
+        self._saved(self._stall + slower, seconds, size)
+
+    def _saved(self, cost: float, seconds: float, size: int) -> None:
         self._size = size
         self._saves.append(seconds)
-        self._cost = seconds if self._cost is None else 0.7 * self._cost + 0.3 * seconds
+        self._cost = cost if self._cost is None else 0.7 * self._cost + 0.3 * cost
+
+    @property
+    def _is_saving(self) -> bool:
+        """Whether a save goes on beside the training: another one would wait for it."""
+        return self._steps_beside_save is not None
 
     @property
     def interval(self) -> float | None:
@@ -124,12 +155,13 @@ class Schedule:
         if self._cost is None:
             return None
         step = statistics.median(self._steps) if self._steps else 0.0
-        return save_interval(
+        wanted = save_interval(
             self._cost,
             max_lost_work=self.max_lost_work,
             step=step,
             between_interruptions=self.between_interruptions,
         )
+        return max(wanted, self._in_background)  # sooner, the next save would wait for this one
 
     @property
     def expected_overhead(self) -> float | None:
@@ -148,7 +180,7 @@ class Schedule:
         if self._deadline_is_near(now):
             return True
         since = now - self._last_save
-        if self.every.epochs is not None:
+        if self.every.epochs is not None or self._is_saving:
             return False
         if self.every.seconds is not None:
             return since >= self.every.seconds
@@ -164,6 +196,8 @@ class Schedule:
         since = now - self._last_save
         if self.every.epochs is not None:
             return (epoch + 1) % self.every.epochs == 0
+        if self._is_saving:
+            return False
         if self.every.seconds is not None:
             return since >= self.every.seconds
         if self._cost is None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from grd.errors import ResumeError, UsageError
 from grd.experiment import rng
+from grd.experiment.checkpoint_handler import AsyncSave
 from grd.experiment.epoch import Epoch
 from grd.experiment.events import run_id
 from grd.experiment.schedule import Every
@@ -41,6 +42,7 @@ def epochs(
     seed: int | None = None,
     keep_bytes: int | str | None = None,
     allow_pickle: bool = False,
+    async_save: AsyncSave = "auto",
 ) -> Iterator[Epoch]:
     """The epochs ``0 .. n - 1`` that are still to be trained; saves, resumes, reports and stops by itself.
 
@@ -52,8 +54,10 @@ def epochs(
 
     ``every``: ``"auto"`` (by measured cost), a number of epochs, or a duration such as ``"5m"``. ``seed``
     decides the data order of ``epoch.steps`` (default: torch's own seed). ``allow_pickle`` lets other
-    objects into ``model`` and ``state``, and reads them back from this folder. Without ``checkpoint_dir``
-    nothing is saved.
+    objects into ``model`` and ``state``, and reads them back from this folder. With ``async_save`` the
+    training goes on while a copy of its state is written, which takes the memory of a second state;
+    ``"auto"``: for 32 MB and more on a GPU. What a stop request or the last epoch saves is always waited for.
+    Without ``checkpoint_dir`` nothing is saved.
 
     Raises ExperimentInterrupted once a stop request is honoured, UsageError for wrong arguments,
     ResumeError for a checkpoint that does not fit, CheckpointRefused for state that cannot be stored.
@@ -66,6 +70,8 @@ def epochs(
         interval = Every.parse(every)
     except ValueError as error:
         raise UsageError(f"epochs(): {error}") from None
+    if async_save not in (True, False, "auto"):
+        raise UsageError(f"epochs(async_save=...) must be True, False or 'auto', not {async_save!r}")
     return _start(
         n.__index__(),
         Parts(model, optimizer, scheduler, scaler, ema, state),
@@ -75,6 +81,7 @@ def epochs(
         seed=seed,
         keep_bytes=keep_bytes,
         allow_pickle=allow_pickle,
+        async_save=async_save,
     )
 
 
@@ -88,6 +95,7 @@ def _start(
     seed: int | None,
     keep_bytes: int | str | None,
     allow_pickle: bool,
+    async_save: AsyncSave,
 ) -> Iterator[Epoch]:
     global history, state
     handler = None
@@ -100,7 +108,7 @@ def _start(
             RuntimeWarning,
             stacklevel=3,
         )
-    loop = Loop(total, parts, handler, resume, every, seed, allow_pickle)
+    loop = Loop(total, parts, handler, resume, every, seed, allow_pickle, async_save)
     history = loop.history
     state = parts.state if parts.state is not None else {}
     return loop.run()

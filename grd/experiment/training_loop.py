@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from grd import contract
-from grd.errors import CheckpointError, CheckpointFenced, CheckpointRefused, ExperimentInterrupted
+from grd.errors import CheckpointError, CheckpointFenced, CheckpointRefused
 from grd.experiment import checkpoint_file, interruption, rng
-from grd.experiment.checkpoint_handler import CheckpointHandler
+from grd.experiment.background_save import BackgroundSave
+from grd.experiment.checkpoint_handler import AsyncSave, CheckpointHandler
 from grd.experiment.epoch import Epoch, Inside
 from grd.experiment.events import emit, run_id
 from grd.experiment.loader import OrderChanged, Steps, steps_of
 from grd.experiment.reporting import report_progress, under_way
 from grd.experiment.schedule import Every, Schedule
+from grd.experiment.stopped import stopped
 from grd.experiment.training_state import count_parameters, put_back, take
 from grd.settings import Settings, parse_duration
 
@@ -61,6 +63,7 @@ class Loop:
     every: Every
     seed: int | None
     allow_pickle: bool
+    async_save: AsyncSave
     history: list[dict[str, Any]] = field(default_factory=list)
     _first: int = 0
     _inside: Inside | None = None
@@ -76,6 +79,7 @@ class Loop:
         with self._arming:
             self._arming.enter_context(interruption.armed())
             self._arming.enter_context(under_way("epochs"))
+            self._arming.push(self._await_save)  # also where the training is left by an error
             self._restore()
             between = None
             if self.handler is not None:
@@ -154,6 +158,7 @@ class Loop:
             yield from batches
 
     def _step_done(self, epoch: Epoch, steps: Steps, done: int) -> None:
+        self._hear_of_save(wait=False)
         now = time.monotonic()
         self._schedule.step_ended(now)
         share = min(1.0, done / steps.total) if steps.total else 0.0
@@ -171,6 +176,7 @@ class Loop:
         self._stop_if_asked(f"in epoch {int(epoch)} after step {epoch._step}")
 
     def _end(self, epoch: Epoch, seconds: float) -> None:
+        self._hear_of_save(wait=False)
         now = time.monotonic()
         self._schedule.epoch_ended(now)
         self.note(epoch)
@@ -182,7 +188,7 @@ class Loop:
             )
         due = is_last or self._schedule.due_after_epoch(now, int(epoch))
         if due or interruption.stop_requested() is not None:
-            self._save(int(epoch), None, ended_early=epoch._ends_training)
+            self._save(int(epoch), None, ended_early=epoch._ends_training, is_last=is_last)
             self._stop_if_asked(f"after epoch {int(epoch)}")
 
     def note(self, epoch: Epoch) -> None:
@@ -207,18 +213,28 @@ class Loop:
         }
         return content
 
-    def _save(self, epoch: int, inside: Inside | None, *, ended_early: bool) -> None:
+    def _save(self, epoch: int, inside: Inside | None, *, ended_early: bool, is_last: bool = False) -> None:
         handler, step = self.handler, None if inside is None else inside.step
-        if handler is None or self._saved_at == (epoch, step):
+        if handler is None:
             return
+        waits = is_last or interruption.stop_requested() is not None
         with interruption.saving():  # from the first look at the state: reading it may take long too
-            self._save_now(handler, epoch, inside, ended_early)
+            if waits:
+                self._hear_of_save(wait=True)
+            if self._saved_at != (epoch, step):
+                self._save_now(handler, epoch, inside, ended_early, False if waits else self.async_save)
 
     def _save_now(
-        self, handler: CheckpointHandler, epoch: int, inside: Inside | None, ended_early: bool
+        self,
+        handler: CheckpointHandler,
+        epoch: int,
+        inside: Inside | None,
+        ended_early: bool,
+        async_save: AsyncSave,
     ) -> None:
         step = None if inside is None else inside.step
         started = time.monotonic()
+        self._hear_of_save(wait=True)
         content = self._content(epoch, inside, ended_early)
         record = self.history[-1] if self.history else {}
         loss = record.get("loss") if inside is None else inside.record.get("loss")
@@ -231,19 +247,60 @@ class Loop:
                 {"total_epochs": self.total, "metrics": {k: v for k, v in record.items() if k != "epoch"}},
                 step=step,
                 allow_pickle=self.allow_pickle,
+                async_save=async_save,
                 **content,
             )
         except (CheckpointFenced, CheckpointRefused):
             raise
         except CheckpointError as error:
-            # The training is worth more than this one save: it goes on, and is told.
-            self._failure = str(error)
-            self._warn(f"save {error.__cause__}", str(error))
+            self._has_failed(error)
             self._schedule.save_ended(time.monotonic(), 0.0, None)
             return
-        self._failure, self._saved_at = None, (epoch, step)
+        self._saved_at = (epoch, step)
         now = time.monotonic()
+        if handler.is_saving:
+            self._schedule.background_save_began(now, now - started)
+            return
+        self._failure = None
         self._schedule.save_ended(now, now - started, path.stat().st_size)
+        self._tell_of_overhead(step)
+
+    def _has_failed(self, error: CheckpointError) -> None:
+        # The training is worth more than this one save: it goes on, and is told.
+        self._failure = str(error)
+        self._warn(f"save {error.__cause__}", str(error))
+
+    def _hear_of_save(self, *, wait: bool) -> None:
+        """What has become of a save in the background. Raises CheckpointFenced."""
+        ended = None if self.handler is None else self.handler.finished(wait=wait)
+        if ended is not None:
+            self._save_ended(ended)
+
+    def _save_ended(self, ended: BackgroundSave) -> None:
+        if isinstance(ended.error, CheckpointFenced):
+            raise ended.error
+        if ended.saved is None:
+            self._saved_at = None
+            self._has_failed(ended.error or CheckpointError(f"{ended.job.name} could not be saved"))
+            self._schedule.background_save_ended(0.0, None)
+            return
+        self._failure = None
+        self._schedule.background_save_ended(ended.saved.seconds, ended.saved.size)
+        self._tell_of_overhead(ended.job.step)
+
+    def _await_save(self, error: type[BaseException] | None, *_: Any) -> None:
+        if self.handler is None:
+            return
+        try:
+            with interruption.saving():
+                self._hear_of_save(wait=True)
+        except CheckpointFenced:
+            if error is None:
+                raise
+        finally:
+            self.handler.release_memory()
+
+    def _tell_of_overhead(self, step: int | None) -> None:
         overhead = self._schedule.expected_overhead
         if self.every == Every() and overhead is not None and overhead > 0.05 and step is not None:
             self._warn(
@@ -286,18 +343,18 @@ class Loop:
         reason = interruption.stop_requested()
         if reason is None:
             return
+        with interruption.saving():
+            self._hear_of_save(wait=True)
         interruption.honoured()
         # The generator lives on in the traceback of a cell that ended here; the signals must not.
         self._arming.close()
-        if self._failure is not None:
-            kept = f"and the state could not be saved: {self._failure}"
-        elif self.handler is None:
-            kept = "nothing was saved, since the loop has no checkpoint_dir"
-        elif self._saved_at is None:
-            kept = "there was nothing new to save: resume to go on"
-        else:
-            kept = "the state is saved: resume to go on"
-        raise ExperimentInterrupted(f"stopped {where} ({reason}); {kept}", reason=reason)
+        raise stopped(
+            where,
+            reason,
+            saves=self.handler is not None,
+            saved=self._saved_at is not None,
+            failure=self._failure,
+        )
 
     def _warn(self, key: str, message: str) -> None:
         if key in self._told:

@@ -61,6 +61,9 @@ def put_back(item: Any, saved: Any, name: str) -> Any:
         vars(item).clear()
         vars(item).update(vars(saved))
         return item
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(item, torch.Tensor) and isinstance(saved, torch.Tensor):
+        return saved.to(item.device)  # a save in the background has copied it to the CPU
     return saved
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from grd.errors import UsageError
-from grd.steps.researcher import research, resume
+from grd.steps.researcher import research
+from grd.steps.resuming import resume
 from grd.steps.run import Run
 
 

@@ -152,7 +152,7 @@ class Run:
 
     def resume(self, **options: Any) -> Run:
         """Go on with it; see `grd.resume`."""
-        from grd.steps.researcher import resume
+        from grd.steps.resuming import resume
 
         return resume(self, **options)
 

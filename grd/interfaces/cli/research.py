@@ -218,7 +218,7 @@ def resume(
       grd resume 4f2a --notebook train_fixed.ipynb
       grd resume last -p epochs 80 --timeout 1h
     """
-    from grd.steps import researcher
+    from grd.steps import resuming
 
     if (run is None) != all_interrupted:
         raise UsageError("name one RUN, or give --all-interrupted")
@@ -230,7 +230,7 @@ def resume(
     printer = ProgressPrinter(quiet=quiet, as_json=as_json)
 
     def resume_one(which: str | Run, on_event: Callable[[dict[str, Any]], None]) -> Run:
-        return researcher.resume(
+        return resuming.resume(
             which,
             parameters,
             notebook=notebook,
