@@ -20,11 +20,11 @@ import torch
 from torch import nn
 
 from grd.errors import CheckpointError, CheckpointFenced, ExperimentInterrupted, UsageError
-from grd.experiment import CheckpointHandler, checkpoint_file, training
+from grd.experiment import CheckpointHandler, checkpoint_file, checkpoint_handler, training
 from grd.experiment.manifest import Entry, read_entries
 from grd.experiment.saving_history import expected_lost_seconds, expected_overhead
 from grd.experiment.schedule import Every, Schedule
-from grd.experiment.snapshot import SnapshotMemory, available_bytes
+from grd.experiment.snapshot import SnapshotMemory, available_bytes, spare_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -231,6 +231,42 @@ def test_without_memory_for_a_copy_the_training_waits_and_is_told(
         paths = [keeper.save_checkpoint(epoch, {"w": torch.ones(10)}) for epoch in range(2)]
     assert all(path.exists() for path in paths) and keeper.flush() is None
     assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "spare", "room", "beside"),
+    [(40, 1, None, True), (40, 0, None, False), (20, 1, None, False), (40, 1, 79, False), (40, 1, 90, True)],
+)
+def test_by_default_it_is_done_where_it_gains_time(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    megabytes: int,
+    spare: int,
+    room: int | None,
+    beside: bool,
+) -> None:
+    monkeypatch.setattr(checkpoint_handler, "available_bytes", lambda: room and room * 1_000_000)
+    cores = len(os.sched_getaffinity(0))
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, cores - spare) if spare else cores)
+    try:
+        keeper = CheckpointHandler(tmp_path, install_signal_handlers=False, async_save="auto")
+        keeper.save_checkpoint(0, {"w": torch.ones(megabytes * 250_000)})
+        # a machine with a single core has none to spare
+        assert keeper.is_saving is (beside and cores > 1)
+        keeper.flush()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_spare_cores_are_those_of_the_container(tmp_path: Path) -> None:
+    group = tmp_path / "sys" / "fs" / "cgroup"
+    group.mkdir(parents=True)
+    of_machine = spare_cores(tmp_path)
+    (group / "cpu.max").write_text("max 100000\n")
+    assert spare_cores(tmp_path) == of_machine
+    (group / "cpu.max").write_text("50000 100000\n")
+    assert spare_cores(tmp_path) == -torch.get_num_threads()
 
 
 def test_the_room_for_a_copy_is_that_of_machine_and_container(tmp_path: Path) -> None:

@@ -32,9 +32,10 @@ for name in ('shell', 'iopub', 'stdin', 'hb', 'control'):
 time.sleep(600)
 """
 LOSES_A_PORT = """
+PORT = None
 count = len([name for name in os.listdir(here) if name.startswith('try-')])
 open(here + f'/try-{count}', 'w').write(open(sys.argv[1]).read())
-port = json.load(open(sys.argv[1]))['shell_port']
+port = json.load(open(sys.argv[1]))['shell_port' if PORT is None else PORT + '_port']
 if count < LOSES:
     taken = f"taken = socket.create_server(('127.0.0.1', {port}))"
     taker = f"import socket, time; {taken}; print('has it'); time.sleep(600)"
@@ -249,6 +250,18 @@ def test_a_kernel_that_lost_a_port_is_started_again_with_other_ports(loses: int,
     assert any("port" in warning for warning in done.json["warnings"])
     assert "Address already in use" in runner_log(project)
     wait_until(lambda: not project.processes() and not left_alive(project), "the end of all processes")
+
+
+@pytest.mark.parametrize("port", ["iopub", "control", "stdin"])
+def test_whichever_port_it_was_the_kernel_is_started_again_soon(port: str, project: Project) -> None:
+    """ipykernel does not end for each of them."""
+    body = LOSES_A_PORT.replace("LOSES", "1").replace("PORT = None", f"PORT = {port!r}")
+    kernel_program(project, "unlucky", body)
+    done, seconds = research(project, "--start-timeout", "10m")
+    assert done.code == 0, done.err
+    assert len(list(project.path.glob("try-*"))) == 2
+    assert seconds < 120
+    assert project.processes() == []
 
 
 @pytest.mark.faults

@@ -39,6 +39,10 @@ class KernelStartError(RuntimeError):
         self.died = died
 
 
+class LostPort(Exception):
+    """The kernel says that another process has one of its ports, and has neither ended nor answered."""
+
+
 class SharedLog:
     """The kernel writes into the same log as this process: what it said is what came since its start."""
 

@@ -15,6 +15,9 @@ from papermill.clientwrap import PapermillNotebookClient
 from grd.execution import kernel_start, provisioner
 from grd.execution.stopping import Stopper
 
+LOOK_SECONDS = 1.0
+"""How often a kernel that has not answered yet is looked at."""
+
 
 class StartingClient(PapermillNotebookClient):
     """Starts the kernel, within ``startup_timeout`` seconds in all.
@@ -71,7 +74,7 @@ class StartingClient(PapermillNotebookClient):
                 if (
                     tries >= kernel_start.TRIES
                     or self._seconds_left() <= 0
-                    or not self._may_retry(error, connection)
+                    or not self._may_retry(failure, error, connection)
                 ):
                     raise error from failure
             tries += 1
@@ -109,11 +112,34 @@ class StartingClient(PapermillNotebookClient):
         self.kc = self.km.client()
         await ensure_async(self.kc.start_channels())
         # Its own timeout is by a clock that somebody may set.
-        answer = ensure_async(self.kc.wait_for_ready(timeout=None))
-        await asyncio.wait_for(answer, max(0.1, self._seconds_left()))
+        answer = asyncio.ensure_future(ensure_async(self.kc.wait_for_ready(timeout=None)))
+        try:
+            await self._until_ready(answer)
+        finally:
+            answer.cancel()
         self.kc.allow_stdin = False
         await run_hook(self.on_notebook_start, notebook=self.nb)
         return self.kc
+
+    async def _until_ready(self, answer: asyncio.Future[Any]) -> None:
+        """Raises TimeoutError, LostPort, and what the ``answer`` raises."""
+        looks_that_found_it = 0
+        while True:
+            left = max(0.1, self._seconds_left())
+            done, _ = await asyncio.wait({answer}, timeout=min(left, LOOK_SECONDS))
+            if done:
+                await answer
+                return
+            if self._seconds_left() <= 0:
+                raise TimeoutError
+            # ipykernel does not always end when it cannot bind: threads of its own go on.
+            looks_that_found_it += self._says_that_it_lost_a_port()
+            if looks_that_found_it > 1:
+                raise kernel_start.LostPort
+
+    def _says_that_it_lost_a_port(self) -> bool:
+        ports = kernel_start.ports_of(self.km.get_connection_info())
+        return self._said is not None and kernel_start.lost_a_port(self._said.text(), ports, ())
 
     def _seconds_left(self) -> float:
         return self._start_began + self._start_seconds - time.monotonic()
@@ -127,14 +153,18 @@ class StartingClient(PapermillNotebookClient):
         patient, self.shutdown_kernel = self.shutdown_kernel, "immediate"
         await self._async_cleanup_kernel()
         self.shutdown_kernel = patient
-        if not died and not isinstance(failure, TimeoutError):
+        if not died and not isinstance(failure, (TimeoutError, kernel_start.LostPort)):
             return failure
         returncode = self.popen.poll() if self.popen is not None else None
         waited = None if died else self._start_seconds
+        if not died and isinstance(failure, kernel_start.LostPort):
+            waited = time.monotonic() - self._start_began
         explained = kernel_start.explain(said, returncode=returncode, waited=waited)
         return kernel_start.KernelStartError(explained, said=said, died=died)
 
-    def _may_retry(self, error: Exception, connection: dict[str, Any]) -> bool:
+    def _may_retry(self, failure: Exception, error: Exception, connection: dict[str, Any]) -> bool:
+        if isinstance(failure, kernel_start.LostPort):
+            return not self.stopper.requested
         if not isinstance(error, kernel_start.KernelStartError) or not error.died or self.stopper.requested:
             return False
         ports = kernel_start.ports_of(connection)

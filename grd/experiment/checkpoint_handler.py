@@ -20,7 +20,7 @@ from grd.experiment.events import emit, run_id
 from grd.experiment.manifest import read_entries
 from grd.experiment.reporting import as_number
 from grd.experiment.schedule import SMALL_STATE_BYTES
-from grd.experiment.snapshot import SnapshotMemory, available_bytes, gpu_bytes
+from grd.experiment.snapshot import Size, SnapshotMemory, available_bytes, size_of, spare_cores
 from grd.experiment.state_encoding import as_json
 
 FORMAT = "grd.checkpoint/1"
@@ -38,8 +38,8 @@ class CheckpointHandler:
 
     With ``async_save`` a save copies the state and returns; a thread writes it, while the training goes on
     (`flush` waits). That takes as much memory as the state has. ``"auto"`` does so for states of 32 MB and
-    more on a GPU, if half of the free memory holds them: on a busy CPU the training loses to the thread what
-    it gains by not waiting.
+    more that half of the free memory holds, if they are on a GPU or torch leaves a core alone: where all are
+    busy the training loses to the thread most of what it gains by not waiting.
 
     Without torch the files keep their names and hold JSON and raw arrays. Raises OSError if the folder
     cannot be made.
@@ -141,7 +141,7 @@ class CheckpointHandler:
             )
             wanted = self.async_save if async_save is None else async_save
             if wanted == "auto":
-                wanted = _is_worth_a_copy(gpu_bytes(job.content))
+                wanted = _gains_time(size_of(job.content))
             if wanted and self._begin_in_background(job, private):
                 return self.checkpoint_dir / job.name
             return self._write(job).path
@@ -373,9 +373,11 @@ def _plain_loss(loss: Any) -> float:
         raise CheckpointRefused(f"loss must be one number, not {type(loss).__name__}") from None
 
 
-def _is_worth_a_copy(nbytes: int) -> bool:
+def _gains_time(size: Size) -> bool:
+    """Whether a training is over sooner if it does not wait (measured: benchmarks/RESULTS.md)."""
     room = available_bytes()
-    return nbytes >= SMALL_STATE_BYTES and (room is None or 2 * nbytes <= room)
+    big = size.nbytes >= SMALL_STATE_BYTES and (room is None or 2 * size.nbytes <= room)
+    return big and (2 * size.on_gpu >= size.nbytes or spare_cores() > 0)
 
 
 def _warn(message: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import sys
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Collection
@@ -150,21 +151,40 @@ class _Copying:
         return wait
 
 
-def gpu_bytes(prepared: Any) -> int:
-    """Bytes of the CUDA tensors in a state; what several tensors share is counted for each."""
+@dataclass(frozen=True)
+class Size:
+    """Bytes of the tensors in a state, of those on a GPU too; what several share is counted for each."""
+
+    nbytes: int
+    on_gpu: int
+
+
+def size_of(prepared: Any) -> Size:
+    """What a state weighs; without torch nothing."""
     torch = sys.modules.get("torch")
-    if torch is None:
-        return 0
-    total, left = 0, [prepared]
+    total = on_gpu = 0
+    left = [prepared] if torch is not None else []
     while left:
         value = left.pop()
         if isinstance(value, dict):
             left.extend(value.values())
         elif isinstance(value, (list, tuple)):
             left.extend(value)
-        elif isinstance(value, torch.Tensor) and value.device.type == "cuda":
-            total += value.numel() * value.element_size()
-    return total
+        elif isinstance(value, torch.Tensor):  # type: ignore[union-attr]
+            nbytes = value.numel() * value.element_size()
+            total += nbytes
+            on_gpu += nbytes if value.device.type == "cuda" else 0
+    return Size(total, on_gpu)
+
+
+def spare_cores(root: Path = Path("/")) -> int:
+    """Cores that this process may use and torch leaves alone."""
+    torch = sys.modules.get("torch")
+    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+        quota, period = (root / "sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, int(quota) / int(period))
+    return int(cores) - (torch.get_num_threads() if torch is not None else 1)
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:

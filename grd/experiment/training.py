@@ -56,7 +56,8 @@ def epochs(
     decides the data order of ``epoch.steps`` (default: torch's own seed). ``allow_pickle`` lets other
     objects into ``model`` and ``state``, and reads them back from this folder. With ``async_save`` the
     training goes on while a copy of its state is written, which takes the memory of a second state;
-    ``"auto"``: for 32 MB and more on a GPU. What a stop request or the last epoch saves is always waited for.
+    ``"auto"``: for 32 MB and more, on a GPU or where torch leaves a core alone. What a stop request or the
+    last epoch saves is always waited for.
     Without ``checkpoint_dir`` nothing is saved.
 
     Raises ExperimentInterrupted once a stop request is honoured, UsageError for wrong arguments,
