@@ -44,13 +44,15 @@ def main() -> int:
     try:
         wanted = collect(options.expression)
         while time.monotonic() < give_up:
-            passes = passed(counted)
+            passes, runs = results(counted)
             missing = [name for name in wanted if passes[name] < options.times]
             fewest = min((passes[name] for name in wanted), default=0)
             print(f"{len(wanted)} tests, fewest passes {fewest}, {len(missing)} still to run", flush=True)
             if not missing:
                 break
-            failed |= one_round([name for name in missing if passes[name] == fewest], options.workers)
+            # those that were run least, whether they passed: one that fails must not keep the others waiting
+            least = min(runs[name] for name in missing)
+            failed |= one_round([name for name in missing if runs[name] == least], options.workers)
     finally:
         for loop in loops:
             loop.kill()
@@ -90,14 +92,17 @@ def commits(since: str) -> set[str]:
     return {*git("rev-list", f"{since}..HEAD").split(), git("rev-parse", since).strip()}
 
 
-def passed(counted: set[str]) -> Counter[str]:
-    """How often each test has passed on a commit that counts."""
+def results(counted: set[str]) -> tuple[Counter[str], Counter[str]]:
+    """How often each test has passed, and was run, on commits that count."""
     passes: Counter[str] = Counter()
+    runs: Counter[str] = Counter()
     if LOG.exists():
         for line in LOG.read_text().splitlines():
             result = json.loads(line)
-            passes[result["test"]] += result["commit"] in counted and result["outcome"] == "passed"
-    return passes
+            if result["commit"] in counted:
+                runs[result["test"]] += 1
+                passes[result["test"]] += result["outcome"] == "passed"
+    return passes, runs
 
 
 def one_round(names: list[str], workers: int) -> bool:

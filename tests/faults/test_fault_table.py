@@ -67,7 +67,7 @@ CASES = [case for number, case in enumerate(CASES) if number % SHARES == SHARE]
 """All of them, or ``GRD_FAULT_SHARE=k/n``: every fault, at another part of the moments."""
 
 MEMORY_CGROUP = Path("/sys/fs/cgroup/memory")
-MEMORY_LIMIT_BYTES = 400_000_000
+MEMORY_LIMIT_BYTES = 1_500_000_000
 
 
 def expected_end(name: str, moment: str) -> tuple[str, set[str], int]:
