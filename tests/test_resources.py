@@ -51,7 +51,7 @@ base = resident()
 HOLDS = "block = memory(500); tell(shared_out(os.getpid())); time.sleep(2); del block"
 SPIKE = "block = memory(500); tell(base + 500_000_000); time.sleep(0.05); del block; time.sleep(1)"
 CHILD = """
-code = "block = bytearray(500_000_000); block[::4096] = b'x' * len(block[::4096]); print(1, flush=True)\\ninput()"
+code = "b = bytearray(500_000_000); b[::4096] = b'x' * len(b[::4096]); print(1, flush=True); input()"
 child = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 child.stdout.readline()
 tell(shared_out(os.getpid(), child.pid))
