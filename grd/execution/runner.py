@@ -32,6 +32,7 @@ from grd.runs.liveness import HEARTBEAT_SECONDS
 from grd.runs.model import now_iso, seconds_left
 from grd.runs.processes import identity, reap
 from grd.runs.recovery import resume_command
+from grd.tracking.sampler import ResourceSampler
 
 STORING_SECONDS = 1.0
 """Somebody else may hold the last block for a moment; a runner that waits longer is one that stays behind."""
@@ -57,6 +58,10 @@ class Runner:
         self._saving = threading.Lock()
         self._beating = threading.Event()
         self._hardware: threading.Thread | None = None
+        self._resources = ResourceSampler(
+            self.paths.resources,
+            lambda message: self.events.write(contract.EVENT_WARNING, message=message),
+        )
         seconds, reason = seconds_left(self.record)
         self.stopper = Stopper(
             deadline=self.began + max(0.0, seconds),
@@ -116,6 +121,7 @@ class Runner:
         store.link_output(self.folder, attempt.number)
         self._hardware = threading.Thread(target=self._describe_hardware, name="grd-hardware", daemon=True)
         self._hardware.start()
+        self._resources.start()
         self._tell_state_page()
 
     def _tell_state_page(self) -> None:
@@ -277,6 +283,7 @@ class Runner:
         }
 
     def _note_kernel(self, processes: dict[str, dict[str, Any]]) -> None:
+        self._resources.watch(processes)
         self.record.note_processes(processes)
         with contextlib.suppress(OSError):
             store.save(self.folder, self.record, durable=False)
@@ -304,6 +311,8 @@ class Runner:
         view = view_of(self.folder)
         attempt.state, attempt.cause, attempt.detail = outcome.state, outcome.cause, outcome.detail
         attempt.stop, attempt.cells, attempt.oom = outcome.stop, outcome.cells, outcome.oom
+        self._resources.close()
+        attempt.resources = self._resources.summary()
         attempt.ended_at = now_iso()
         attempt.seconds = round(time.monotonic() - self.began, 3)
         used = float(record.budget.get("used_seconds") or 0.0)

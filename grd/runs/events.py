@@ -107,13 +107,24 @@ class LiveView:
         if n < self._reached.get(name, n):  # counted from the start again: another loop of this name
             start_n, start_t = self._started[name] = (float(n), now)
         self._reached[name] = float(n)
-        eta = None
-        if isinstance(total, (int, float)) and n > start_n and now > start_t:
-            eta = round((total - n) * (now - start_t) / (n - start_n), 1)
+        eta = per_second = None
+        if n > start_n and now > start_t:
+            per_second = (n - start_n) / (now - start_t)
+            if isinstance(total, (int, float)):
+                eta = round((total - n) / per_second, 1)
         previous = self.progress
         if previous and name != previous["name"] and (event.get("within") == previous["name"]):
             return  # steps inside an epoch do not hide the epochs
-        self.progress = {"name": name, "n": n, "total": total, "eta_seconds": eta}
+        steps = event.get("steps")
+        known = per_second is not None and isinstance(steps, int)
+        self.progress = {
+            "name": name,
+            "n": n,
+            "total": total,
+            "eta_seconds": eta,
+            "per_second": None if per_second is None else float(f"{per_second:.4g}"),
+            "steps_per_second": float(f"{per_second * steps:.4g}") if known else None,  # type: ignore[operator]
+        }
 
     def read(self, path: Path) -> Iterator[dict[str, Any]]:
         """Yield the events written since the last call, each already taken into account."""

@@ -134,6 +134,11 @@ class AttemptFolder:
         return self.path / "journal.jsonl"
 
     @property
+    def resources(self) -> Path:
+        """resources.jsonl: what the attempt used, a line a second, later more seldom."""
+        return self.path / "resources.jsonl"
+
+    @property
     def hardware(self) -> Path:
         """What this attempt ran on; the run's own ``hardware`` is that of the newest attempt."""
         return self.path / "hardware.json"

@@ -38,6 +38,9 @@ class Attempt:
     cells: dict[str, int] = field(default_factory=dict)
     """Number of code cells by status at the end."""
     oom: str | None = None
+    resources: dict[str, Any] | None = None
+    """What the kernel and all it started used: peak memory and how it is known, processor time, bytes read
+    and written, GPUs; None where nothing was sampled."""
     unknown: dict[str, Any] = field(default_factory=dict)
     """Fields of another grd's attempt; kept as they are."""
 

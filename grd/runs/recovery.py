@@ -14,7 +14,7 @@ from pathlib import Path
 from grd import contract
 from grd.errors import ConfigurationError, RunNotFound
 from grd.files import LOCKS_UNSUPPORTED, atomic_write, take_lock
-from grd.runs import last_word, leftovers, notebook_journal, reserve, store
+from grd.runs import last_word, leftovers, notebook_journal, reserve, resource_samples, store
 from grd.runs.events import EventLog, view_of
 from grd.runs.folder import RunFolder, process_marker
 from grd.runs.liveness import HEARTBEAT_SECONDS, heartbeat_age, needs_recovery
@@ -121,6 +121,8 @@ def _recover(folder: RunFolder, record: RunRecord) -> RunRecord:
         record.budget["used_seconds"] = round(used + attempt.seconds, 3)
     record.note_processes({})
     paths = folder.attempt(record.attempt)
+    if attempt.resources is None:
+        attempt.resources = resource_samples.of_lost_attempt(paths.resources)
     with contextlib.suppress(OSError, ValueError, KeyError):
         notebook = notebook_journal.mark_lost(notebook_journal.rebuild(paths.output, paths.journal))
         notebook["metadata"].setdefault("grd", {}).update(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grd import contract
-from grd.runs import notebook_journal, recovery
+from grd.runs import notebook_journal, recovery, resource_samples
 from grd.runs.events import LiveView, view_of
 from grd.runs.folder import RunFolder, find_run
 from grd.runs.liveness import heartbeat_age
@@ -207,6 +207,7 @@ def status_of(folder: RunFolder) -> dict[str, Any]:
         shown["checkpoint"] = view.checkpoint or record.checkpoint
         shown["cell"] = view.cell
         shown["heartbeat_seconds"] = heartbeat_age(folder)
+        shown["resources"] = resource_samples.newest(folder.attempt(record.attempt).resources)
     return shown
 
 

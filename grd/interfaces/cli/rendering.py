@@ -237,6 +237,7 @@ def describe_end(shown: dict[str, Any]) -> list[str]:
         going = shown.get("state") == contract.RUNNING
         text = progress_text(progress if going else {**progress, "eta_seconds": None})
         lines.append(f"  progress    {text}")
+    lines += [f"  {text}" for text in resources_text(shown)]
     if shown.get("metrics"):
         lines.append(f"  metrics     {metrics_text(shown['metrics'])}")
     if shown.get("checkpoint"):
@@ -252,6 +253,34 @@ def describe_end(shown: dict[str, Any]) -> list[str]:
         lines.append(f"  next        {shown['resume_command']}")
     elif shown.get("state") == contract.COMPLETED:
         lines.append(f"  next        grd result {shown['run_id']}")
+    return lines
+
+
+def resources_text(shown: dict[str, Any]) -> list[str]:
+    """What the newest attempt uses, or used, in lines: memory, processors, GPUs, beside how fast it goes."""
+    attempts = shown.get("attempts") or [{}]
+    used = shown.get("resources") or attempts[-1].get("resources")
+    if not used or not used.get("peak_memory_bytes"):
+        return []
+    going = shown.get("state") == contract.RUNNING
+    peak = format_size(used["peak_memory_bytes"])
+    memory = used.get("rss_bytes") if used.get("processes") == 1 else used.get("pss_bytes")
+    parts = [f"memory {format_size(memory)}, peak {peak}" if going and memory else f"peak memory {peak}"]
+    parts.append(f"{used['mean_cores']:.2f} cores on average" if used.get("mean_cores") is not None else "")
+    if used.get("throttled_seconds"):
+        parts.append(f"held back for {format_duration(used['throttled_seconds'])} by the container's limit")
+    progress = shown.get("progress") or {}
+    if going and progress.get("steps_per_second"):
+        parts.append(f"{format_number(progress['steps_per_second'])} steps/s")
+    elif going and progress.get("per_second"):
+        parts.append(f"{format_number(progress['per_second'])} {progress['name']}/s")
+    lines = [f"resources   {', '.join(part for part in parts if part)}"]
+    for gpu in used.get("gpus") or []:
+        busy, most = gpu.get("mean_utilization_percent"), gpu.get("peak_memory_mb")
+        told = [f"{gpu.get('name')}:"]
+        told.append("memory unknown" if most is None else f"peak {most:.0f} MiB ({gpu['memory_source']}),")
+        told.append("activity unknown" if busy is None else f"something ran on it {busy:.0f} % of the time")
+        lines.append(f"gpu         {' '.join(told)}")
     return lines
 
 

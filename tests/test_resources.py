@@ -1,0 +1,343 @@
+"""What a run used: the true peak of its memory with all its processes, processor time, GPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Project, wait_until
+
+from grd.hardware.monitor import GPUStats
+from grd.runs import resource_samples
+from grd.tracking import cgroup_use, gpu_use
+from grd.tracking.gpu_use import GpuUse
+from grd.tracking.peaks import ONE_PROCESS, TREE, Accumulator
+from grd.tracking.tree_walk import ProcessUse, TreeLook
+
+MB = 1_000_000
+
+MEASURE = """
+import os, subprocess, sys, time
+
+def resident():
+    return int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+
+def shared_out(*pids):
+    \"\"\"Of one process its RSS; of several their PSS, page by page, or the RSS of this one.\"\"\"
+    if len(pids) == 1:
+        return resident()
+    total = 0
+    for pid in pids:
+        for line in open(f'/proc/{pid}/smaps'):
+            if line.startswith('Pss:'):
+                total += int(line.split()[1]) * 1024
+    return max(total, resident())
+
+def memory(megabytes):
+    block = bytearray(megabytes * 1_000_000)
+    block[::4096] = b'x' * len(block[::4096])
+    return block
+
+def tell(truth):
+    print('TRUTH', truth, flush=True)
+
+base = resident()
+"""
+HOLDS = "block = memory(500); tell(shared_out(os.getpid())); time.sleep(2); del block"
+SPIKE = "block = memory(500); tell(base + 500_000_000); time.sleep(0.05); del block; time.sleep(1)"
+CHILD = """
+code = "b = bytearray(500_000_000); b[::4096] = b'x' * len(b[::4096]); print(1, flush=True); input()"
+child = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+child.stdout.readline()
+tell(shared_out(os.getpid(), child.pid))
+time.sleep(1.5)
+child.communicate(b'\\n')
+"""
+AFTER_A_BIGGER_ONE = """
+block = memory(800); tell(shared_out(os.getpid())); del block
+block = memory(500); time.sleep(1)
+"""
+FORKS = """
+block = memory(500)
+pids = []
+for _ in range(4):
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(2)
+        os._exit(0)
+    pids.append(pid)
+time.sleep(0.5)
+tell(shared_out(os.getpid(), *pids))
+for pid in pids:
+    os.waitpid(pid, 0)
+"""
+TASKS = {
+    "holds 2 s": HOLDS, "spike of 50 ms": SPIKE, "in a child": CHILD,
+    "after a bigger one": AFTER_A_BIGGER_ONE, "four forks": FORKS,
+}  # fmt: skip
+
+
+def used(record: dict[str, Any]) -> dict[str, Any]:
+    found = record["attempts"][-1]["resources"]
+    assert isinstance(found, dict)
+    return found
+
+
+def truth(project: Project, run: str) -> float:
+    told = [line for line in project.grd("logs", run).out.splitlines() if line.startswith("TRUTH")]
+    return max(float(line.split()[1]) for line in told)
+
+
+def is_true(peak: float, wanted: float) -> bool:
+    return abs(peak - wanted) <= max(0.02 * wanted, 5 * MB)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_peak_is_the_true_one(task: str, project: Project) -> None:
+    project.notebook("run.ipynb", MEASURE, TASKS[task])
+    done = project.grd("research", "run.ipynb", "--json")
+    assert done.code == 0, done.err
+    found, wanted = used(done.json), truth(project, "last")
+    assert is_true(found["peak_memory_bytes"], wanted), (found, wanted)
+    if task != "four forks":  # whichever is more: pages of libraries are other processes' too
+        assert found["peak_source"] == (TREE if task == "in a child" else ONE_PROCESS)
+    shown = project.grd("status", "last").out
+    assert "peak memory" in shown and "cores on average" in shown
+
+
+def test_runs_side_by_side_do_not_count_each_others_memory(project: Project) -> None:
+    project.notebook("big.ipynb", MEASURE, HOLDS)
+    project.notebook("forks.ipynb", MEASURE, FORKS)
+    for name in ("big", "forks"):
+        assert project.grd("research", f"{name}.ipynb", "--detach").code == 0
+    for name in ("big", "forks"):
+        (run,) = (r["run_id"] for r in project.grd("list", "--json").json["runs"] if name in r["run_id"])
+        assert project.grd("wait", run).code == 0
+        found = used(project.grd("status", run, "--json").json)
+        assert is_true(found["peak_memory_bytes"], truth(project, run)), (name, found)
+
+
+WORKS = """
+import multiprocessing, os, subprocess, sys, time
+
+def burn(seconds):
+    give_up = time.process_time() + seconds
+    while time.process_time() < give_up:
+        pass
+
+burn(1.0)
+burning = "import time\\nwhile time.process_time() < 1.0: pass"
+subprocess.run([sys.executable, '-c', burning])
+pid = os.fork()
+if pid == 0:
+    if os.fork() == 0:  # nobody of ours waits for this one
+        os.setsid()
+        burn(1.0)
+        open('orphan-done', 'w').close()
+    os._exit(0)
+os.waitpid(pid, 0)
+while not os.path.exists('orphan-done'):
+    time.sleep(0.05)
+with open('written', 'wb') as file:
+    file.write(bytes(20_000_000))
+    os.fsync(file.fileno())
+time.sleep(1.2)
+"""
+
+
+def test_processor_time_is_that_of_all_also_of_those_that_have_ended(project: Project) -> None:
+    project.notebook("run.ipynb", WORKS)
+    done = project.grd("research", "run.ipynb", "--json")
+    assert done.code == 0, done.err
+    found = used(done.json)
+    assert 3.0 <= found["cpu_seconds"] <= 6.0, (
+        found
+    )  # three seconds, and what a kernel and Python need to start
+    assert found["written_bytes"] is None or found["written_bytes"] >= 20_000_000
+    assert found["most_processes"] >= 2
+    assert 0 < found["mean_cores"] < os.cpu_count()  # type: ignore[operator]
+
+
+WAITS = "import time\nprint('here', flush=True)\ntime.sleep(600)"
+
+
+def test_samples_are_live_and_a_killed_runner_loses_one_at_most(project: Project) -> None:
+    project.notebook("run.ipynb", WAITS)
+    assert project.grd("research", "run.ipynb", "--detach", "--grace", "1s").code == 0
+    project.wait_for_output("here")
+    samples = project.only_run() / "attempts" / "1" / "resources.jsonl"
+    wait_until(lambda: samples.exists() and len(samples.read_text().splitlines()) >= 4, "some samples")
+    live = project.grd("status", "last", "--json").json["resources"]
+    assert live["rss_bytes"] > 10 * MB and live["processes"] == 1
+    assert "resources   memory" in project.grd("status", "last").out
+    os.kill(project.record()["runner"]["pid"], signal.SIGKILL)
+    killed = time.time()
+    assert project.grd("wait", "last").code == 75
+    found = used(project.grd("status", "last", "--json").json)
+    assert found["complete"] is False and found["peak_memory_bytes"] > 10 * MB
+    last = json.loads(samples.read_text().splitlines()[-1])
+    assert killed - last["t"] < 10.0  # a line a second, on a machine that may be busy
+    first = json.loads(samples.read_text().splitlines()[0])
+    assert first["seconds"] < 10.0
+
+
+# --- what is made of what was seen --------------------------------------------------------------------------
+
+
+def look(**processes: ProcessUse) -> TreeLook:
+    return TreeLook({int(name.removeprefix("p")): process for name, process in processes.items()})
+
+
+def process(
+    rss: int, mark: int = 0, *, cpu: float = 0.0, waited: float = 0.0, written: int | None = None
+) -> Any:
+    return ProcessUse(1, rss, max(mark, rss), cpu, waited, 1, None if written is None else 0, written)
+
+
+def test_of_one_process_the_kernels_own_mark_is_the_peak() -> None:
+    seen = Accumulator()
+    seen.take(look(p1=process(100, 900)))
+    assert (seen.totals.peak_bytes, seen.totals.peak_source) == (900, ONE_PROCESS)
+
+
+def test_a_spike_of_one_comes_on_top_of_what_the_others_have() -> None:
+    seen = Accumulator()
+    seen.take(look(p1=process(100 * MB), p2=process(50 * MB)), pss=150 * MB)
+    seen.take(look(p1=process(100 * MB, 300 * MB), p2=process(50 * MB)), pss=150 * MB)
+    assert (seen.totals.peak_bytes, seen.totals.peak_source) == (350 * MB, TREE)
+    seen.take(look(p1=process(100 * MB, 300 * MB), p2=process(250 * MB)), pss=350 * MB)
+    assert seen.totals.peak_bytes == 350 * MB, "an old spike is not added again"
+
+
+def test_shared_pages_are_counted_when_they_may_tell_a_new_peak() -> None:
+    seen = Accumulator()
+    seen.begin_tree(frozenset({9}))
+    alone = look(p1=process(500 * MB), p9=process(20 * MB))
+    assert not seen.wants_shared(alone), "one process, and its keeper"
+    seen.take(alone)
+    forked = look(p1=process(500 * MB), p2=process(400 * MB), p9=process(20 * MB))
+    assert seen.wants_shared(forked)
+    seen.take(forked, pss=501 * MB)
+    assert not seen.wants_shared(forked)
+    assert seen.totals.peak_bytes == 501 * MB
+
+
+def test_processor_time_never_falls_and_goes_on_in_the_next_tree() -> None:
+    seen = Accumulator()
+    seen.begin_tree(frozenset({9}))
+    seen.take(look(p1=process(1, cpu=2.0), p2=process(1, cpu=3.0), p9=process(1, cpu=50.0)))
+    assert seen.totals.cpu_seconds == 5.0
+    seen.take(look(p1=process(1, cpu=2.0), p9=process(1, cpu=51.0)))
+    assert seen.totals.cpu_seconds == 5.0, "nobody has waited for it yet"
+    seen.take(look(p1=process(1, cpu=2.0), p9=process(1, cpu=51.0, waited=3.0)))
+    assert seen.totals.cpu_seconds == 5.0
+    seen.begin_tree(frozenset({19}))
+    seen.take(look(p11=process(1, cpu=1.0, written=7), p19=process(1)))
+    assert (seen.totals.cpu_seconds, seen.totals.written_bytes) == (6.0, 7)
+
+
+def test_a_torn_last_sample_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "resources.jsonl"
+    assert resource_samples.newest(path) is None
+    lines = [json.dumps({"t": n, "seconds": n, "padding": "x" * 3000, "gpu_now": []}) for n in range(40)]
+    path.write_text("\n".join(lines) + '\n{"t": 99')
+    found = resource_samples.newest(path)
+    assert found is not None and found["t"] == 39
+    assert resource_samples.of_lost_attempt(path) == {"seconds": 39, "padding": "x" * 3000, "complete": False}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, (None, None, None)),
+        ({"memory.current": "10", "memory.peak": "20", "cpu.stat": "nr_throttled 1\nthrottled_usec 2500000"},
+         (10, 20, 2.5)),
+        ({"memory.current": "10", "cpu.stat": "usage_usec 5"}, (10, None, None)),
+        ({"memory.usage_in_bytes": "7", "memory.max_usage_in_bytes": "9", "cpu.stat": "throttled_time 10"},
+         (7, 9, 1e-8)),
+        ({"memory.current": "much", "memory.peak": "", "cpu.stat": "throttled_usec"}, (None, None, None)),
+    ],
+)  # fmt: skip
+def test_what_a_cgroup_tells_and_does_not_tell(
+    tmp_path: Path, files: dict[str, str], expected: tuple[Any, ...]
+) -> None:
+    group = tmp_path / "group"
+    group.mkdir()
+    for name, text in files.items():
+        (group / name).write_text(text + "\n")
+    found = cgroup_use.look("/group", tmp_path)
+    assert (found.memory_bytes, found.peak_bytes, found.throttled_seconds) == expected
+
+
+# --- GPUs: invented answers, since there may be none here --------------------------------------------------
+
+
+def gpu(
+    memory: int | None, busy: int | None, *pids: int, mb: int | None = 100, visible: bool = True
+) -> GPUStats:
+    return GPUStats(
+        gpu_id=0, name="NVIDIA H100", memory_used_mb=memory, memory_total_mb=80_000, utilization_percent=busy,
+        temperature_c=None, fan_speed_percent=None, power_usage_w=None, uuid="GPU-1", visible=visible,
+        processes=[{"pid": pid, "memory_mb": mb} for pid in pids],
+    )  # fmt: skip
+
+
+def test_a_gpu_that_nobody_uses_is_pointed_out_once() -> None:
+    use = GpuUse()
+    told = []
+    for second in range(0, 400, 2):
+        use.take(float(second), [gpu(500, 0)], {7})
+        told += [(second, text) for text in use.warnings(float(second))]
+    ((second, text),) = told
+    assert second == gpu_use.UNUSED_SECONDS and "NVIDIA H100" in text
+    assert use.summary()[0]["peak_memory_mb"] is None, "not listed is not nothing"
+
+
+def test_a_gpu_that_waits_is_pointed_out_and_what_the_number_says() -> None:
+    use = GpuUse()
+    told = []
+    for second in range(0, 400, 2):
+        use.take(float(second), [gpu(900, 40 if second % 4 else 60, 7)], {7})
+        told += use.warnings(float(second))
+    (text,) = told
+    assert "50 %" in text and "says nothing of how much" in text
+    assert use.summary() == [
+        {"uuid": "GPU-1", "name": "NVIDIA H100", "peak_memory_mb": 100.0, "memory_source": gpu_use.BY_PROCESS,
+         "mean_utilization_percent": 50.0}
+    ]  # fmt: skip
+
+
+def test_a_busy_gpu_and_one_that_the_run_may_not_use_are_no_news() -> None:
+    use = GpuUse()
+    for second in range(0, 400, 2):
+        use.take(float(second), [gpu(900, 97, 7)], {7})
+        assert use.warnings(float(second)) == []
+    hidden = GpuUse()
+    for second in range(0, 400, 2):
+        assert hidden.take(float(second), [gpu(900, 0, visible=False)], {7}) == []
+        assert hidden.warnings(float(second)) == []
+
+
+def test_where_the_driver_lists_other_pids_the_devices_memory_since_the_start_stands_for_ours() -> None:
+    use = GpuUse()
+    use.take(0.0, [gpu(500, 10, 4711)], {7})
+    use.take(2.0, [gpu(2500, 90, 4711)], {7})
+    (found,) = use.summary()
+    assert (found["peak_memory_mb"], found["memory_source"]) == (2000.0, gpu_use.OF_DEVICE)
+    use.take(4.0, [gpu(2500, 90, 7, mb=1900)], {7})
+    (found,) = use.summary()
+    assert (found["peak_memory_mb"], found["memory_source"]) == (1900.0, gpu_use.BY_PROCESS)
+
+
+def test_memory_that_the_driver_does_not_tell_is_unknown_and_not_nothing() -> None:
+    use = GpuUse()
+    shown = use.take(0.0, [gpu(None, None, 7, mb=None)], {7})
+    assert (shown[0]["process_memory_mb"], shown[0]["utilization_percent"]) == (None, None)
+    (found,) = use.summary()
+    assert (found["peak_memory_mb"], found["mean_utilization_percent"]) == (None, None)
+    assert use.warnings(1000.0) == [], "it is used: it is listed"
