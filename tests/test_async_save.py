@@ -20,7 +20,13 @@ import torch
 from torch import nn
 
 from grd.errors import CheckpointError, CheckpointFenced, ExperimentInterrupted, UsageError
-from grd.experiment import CheckpointHandler, checkpoint_file, checkpoint_handler, training
+from grd.experiment import (
+    CheckpointHandler,
+    background_save,
+    checkpoint_file,
+    checkpoint_handler,
+    training,
+)
 from grd.experiment.manifest import Entry, read_entries
 from grd.experiment.saving_history import expected_lost_seconds, expected_overhead
 from grd.experiment.schedule import Every, Schedule
@@ -315,6 +321,19 @@ def test_a_save_that_finds_no_room_leaves_the_version_before_and_is_told(tmp_pat
     assert done.returncode == 0, done.stderr
     assert [line.count("could not be saved") for line in done.stdout.splitlines()] == [1, 1]
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_disk_that_hangs_is_told_and_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate
+) -> None:
+    monkeypatch.setattr(background_save, "LIMIT_SECONDS", 0.2)
+    keeper = handler(tmp_path)
+    path = keeper.save_checkpoint(0, {"w": torch.ones(3)})
+    with pytest.raises(CheckpointError, match="the disk hangs"):
+        keeper.flush()
+    monkeypatch.setattr(background_save, "LIMIT_SECONDS", 60.0)
+    gate.opened.set()
+    assert keeper.flush() == path, "it came after all"
 
 
 def test_an_older_attempt_writes_nothing_and_hears_why(

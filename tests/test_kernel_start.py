@@ -252,7 +252,10 @@ def test_a_kernel_that_lost_a_port_is_started_again_with_other_ports(loses: int,
     wait_until(lambda: not project.processes() and not left_alive(project), "the end of all processes")
 
 
-@pytest.mark.parametrize("port", ["iopub", "control", "stdin"])
+@pytest.mark.parametrize(
+    "port",
+    ["iopub", *(pytest.param(name, marks=pytest.mark.faults) for name in ("control", "stdin"))],
+)
 def test_whichever_port_it_was_the_kernel_is_started_again_soon(port: str, project: Project) -> None:
     """ipykernel does not end for each of them."""
     body = LOSES_A_PORT.replace("LOSES", "1").replace("PORT = None", f"PORT = {port!r}")

@@ -110,6 +110,7 @@ def test_the_peak_is_the_true_one(task: str, project: Project) -> None:
     assert "peak memory" in shown and "cores on average" in shown
 
 
+@pytest.mark.faults
 def test_runs_side_by_side_do_not_count_each_others_memory(project: Project) -> None:
     project.notebook("big.ipynb", MEASURE, HOLDS)
     project.notebook("forks.ipynb", MEASURE, FORKS)

@@ -164,7 +164,7 @@ def test_saving_does_not_change_a_training(tmp_path: Path, uninterrupted: dict[s
     same(train(tmp_path, every="0.0000001s"), uninterrupted)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kills=st.lists(st.integers(1, 14), min_size=1, max_size=3),
     every=st.sampled_from(["auto", 2, "0.0000001s"]),

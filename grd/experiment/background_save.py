@@ -8,6 +8,9 @@ from collections.abc import Callable
 from grd.errors import CheckpointError
 from grd.experiment import interruption
 from grd.experiment.checkpoint_writer import Job, Saved
+from grd.settings import format_duration
+
+LIMIT_SECONDS = 3600.0
 
 
 class BackgroundSave:
@@ -25,7 +28,7 @@ class BackgroundSave:
         self._done = threading.Event()
         self._entered = threading.Event()
         threading.Thread(target=self._run, name="grd-save", daemon=True).start()
-        self._entered.wait()
+        self._entered.wait(LIMIT_SECONDS)
 
     def _run(self) -> None:
         with interruption.saving_in_background():
@@ -45,6 +48,10 @@ class BackgroundSave:
         """Whether the file is there, or will not be."""
         return self._done.is_set()
 
-    def wait(self) -> None:
-        """Until `is_done`."""
-        self._done.wait()
+    def finish(self) -> None:
+        """Until `is_done`. Raises CheckpointError if that takes too long for any disk that still answers."""
+        if not self._done.wait(LIMIT_SECONDS):
+            raise CheckpointError(
+                f"{self.job.name} has not been written for {format_duration(LIMIT_SECONDS)}: the disk hangs; "
+                "the versions before it are untouched"
+            )

@@ -178,7 +178,7 @@ class CheckpointHandler:
         now = time.monotonic()
 
         def write(job: Job) -> Saved:
-            snapshot.wait()
+            snapshot.finish()
             return self._write(job)
 
         self._saving = BackgroundSave(replace(job, content=snapshot.content, stall=now - job.began), write)
@@ -191,11 +191,14 @@ class CheckpointHandler:
         return self._saving is not None
 
     def finished(self, *, wait: bool) -> BackgroundSave | None:
-        """The save in the background that has ended since the last call, however; None if none has."""
+        """The save in the background that has ended since the last call, however; None if none has.
+
+        Raises CheckpointError if it is waited for and the disk hangs.
+        """
         saving = self._saving
         if saving is None or not (wait or saving.is_done):
             return None
-        saving.wait()
+        saving.finish()
         self._saving = None
         return saving
 
@@ -235,7 +238,7 @@ class CheckpointHandler:
 
     def _scan(self, *, epoch: int | None = None, passed_over: set[Path] | None = None) -> Found | None:
         if self._saving is not None:
-            self._saving.wait()
+            self._saving.finish()
         result = checkpoint_folder.scan(self.checkpoint_dir, epoch=epoch, passed_over=passed_over or ())
         used = result.found.path.name if result.found is not None else "none, there is no other good one"
         for path, reason in result.damaged:

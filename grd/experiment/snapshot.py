@@ -21,10 +21,10 @@ _PLAIN = (bool, int, float, str, bytes, complex, type(None))
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Copied state, as `checkpoint_file.write` takes it once ``wait`` has returned."""
+    """Copied state, as `checkpoint_file.write` takes it once ``finish`` has returned."""
 
     content: Any
-    wait: Callable[[], None]
+    finish: Callable[[], None]
     """Wait for what a GPU still copies."""
 
 

@@ -272,7 +272,12 @@ class Loop:
 
     def _hear_of_save(self, *, wait: bool) -> None:
         """What has become of a save in the background. Raises CheckpointFenced."""
-        ended = None if self.handler is None else self.handler.finished(wait=wait)
+        try:
+            ended = None if self.handler is None else self.handler.finished(wait=wait)
+        except CheckpointError as error:
+            self._saved_at = None
+            self._has_failed(error)
+            return
         if ended is not None:
             self._save_ended(ended)
 
