@@ -45,6 +45,14 @@ def cannot_be_had(what: str) -> NoReturn:
     pytest.skip(what)
 
 
+@pytest.fixture
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No run of grd around the test: what a run tells a notebook by its environment is not there."""
+    for name in list(os.environ):
+        if name.startswith("GRD_"):
+            monkeypatch.delenv(name)
+
+
 def write_notebook(
     path: Path,
     *cells: str,

@@ -27,11 +27,7 @@ from grd.experiment.manifest import read_manifest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(autouse=True)
-def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.startswith("GRD_"):
-            monkeypatch.delenv(name)
+pytestmark = pytest.mark.usefixtures("by_hand")
 
 
 def handler(folder: Path, **options: Any) -> CheckpointHandler:

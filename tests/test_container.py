@@ -9,8 +9,7 @@ import subprocess
 import sys
 
 import psutil
-import pytest
-from conftest import Project, wait_until
+from conftest import Project, cannot_be_had, wait_until
 
 NEW_NAMESPACE = ["unshare", "--fork", "--pid", "--mount-proc"]
 TRAIN = """
@@ -33,8 +32,9 @@ def can_make_a_pid_namespace() -> bool:
     return subprocess.run([*NEW_NAMESPACE, "true"], capture_output=True, check=False).returncode == 0
 
 
-@pytest.mark.skipif(not can_make_a_pid_namespace(), reason="no PID namespace can be made here")
 def test_sigterm_to_process_1_of_a_container_saves_and_the_run_is_resumed_outside(project: Project) -> None:
+    if not can_make_a_pid_namespace():
+        cannot_be_had("no PID namespace can be made here")
     project.notebook("train.ipynb", TRAIN, parameters="timeout = None\ncheckpoint_dir = ''\nresume = False")
     with (project.path / "log").open("wb") as log:
         container = subprocess.Popen(

@@ -9,8 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from conftest import LIMIT_SECONDS
+from conftest import LIMIT_SECONDS, cannot_be_had
 
 import grd
 from grd.execution import guardian
@@ -134,8 +133,9 @@ def can_choose_pids() -> bool:
         return False
 
 
-@pytest.mark.skipif(not can_choose_pids(), reason="needs the right to make a pid namespace")
 def test_a_pid_that_was_given_to_another_process_harms_nobody(tmp_path: Path) -> None:
+    if not can_choose_pids():
+        cannot_be_had("a pid namespace needs the right to make one")
     done = subprocess.run(
         ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", RECYCLED, str(tmp_path)],
         env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},

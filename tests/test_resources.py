@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from conftest import Project, wait_until
 
 from grd.hardware.monitor import GPUStats
 from grd.runs import resource_samples
-from grd.tracking import cgroup_use, gpu_use
+from grd.tracking import cgroup_use, gpu_use, sampler
 from grd.tracking.gpu_use import GpuUse
 from grd.tracking.peaks import ONE_PROCESS, TREE, Accumulator
 from grd.tracking.tree_walk import ProcessUse, TreeLook
@@ -185,6 +186,29 @@ def test_samples_are_live_and_a_killed_runner_loses_one_at_most(project: Project
     assert killed - last["t"] < 10.0  # a line a second, on a machine that may be busy
     first = json.loads(samples.read_text().splitlines()[0])
     assert first["seconds"] < 10.0
+
+
+def test_a_look_that_hangs_in_a_driver_does_not_hold_up_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampler, "TURN_SECONDS", 0.2)
+    reached, opened = threading.Event(), threading.Event()
+
+    def hang(**_: Any) -> Any:
+        reached.set()
+        opened.wait(60)
+        raise OSError("the driver is gone")
+
+    sampling = sampler.ResourceSampler(tmp_path / "resources.jsonl")
+    sampling.watch({"kernel": {"pid": os.getpid()}})
+    monkeypatch.setattr(sampler, "get_gpu_monitor", hang)
+    sampling._next_gpu = 0.0
+    sampling.start()
+    assert reached.wait(60)
+    sampling.watch({})
+    sampling.close()
+    assert not opened.is_set() and sampling.summary()["peak_memory_bytes"] > MB
+    opened.set()
 
 
 # --- what is made of what was seen --------------------------------------------------------------------------

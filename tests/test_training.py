@@ -31,11 +31,7 @@ from grd.experiment.schedule import Every, Schedule, seed_interval
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(autouse=True)
-def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.startswith("GRD_"):
-            monkeypatch.delenv(name)
+pytestmark = pytest.mark.usefixtures("by_hand")
 
 
 class Killed(BaseException):

@@ -24,6 +24,9 @@ from grd.runs.processes import start_time
 SAME_REQUEST_SECONDS = 5.0
 """A scheduler and the runner may both deliver one request: SIGTERMs closer together than this are one."""
 
+FLUSH_SECONDS = 0.5
+"""How long a kernel that ends waits for its last output to be sent; ipykernel: 10 s, for each of two."""
+
 _taken_at = float("-inf")
 
 
@@ -88,6 +91,23 @@ def _leave_children_to_the_guardian(kernel: Any) -> None:
     kernel._progressively_terminate_all_children = leave_them
 
 
+def _end_soon(kernel: Any) -> None:
+    """ipykernel flushes its streams after it has answered a shutdown, while its main thread is ending the
+    thread that would do it: now and then it then waits for that, in vain, longer than most graces."""
+    handlers = getattr(kernel, "control_handlers", {})
+    shutdown = handlers.get("shutdown_request")
+    if shutdown is None:
+        return
+
+    def end_soon(*request: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "flush_timeout"):
+                stream.flush_timeout = FLUSH_SECONDS
+        return shutdown(*request)
+
+    handlers["shutdown_request"] = end_soon
+
+
 def load_ipython_extension(shell: Any) -> None:
     """Install the handlers where the signals still have their default action."""
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
@@ -103,4 +123,6 @@ def load_ipython_extension(shell: Any) -> None:
             shell.ask_exit()
 
     shell.events.register("post_run_cell", end_if_orphan)
-    _leave_children_to_the_guardian(getattr(shell, "kernel", None))
+    kernel = getattr(shell, "kernel", None)
+    _leave_children_to_the_guardian(kernel)
+    _end_soon(kernel)

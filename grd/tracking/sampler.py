@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ GPU_SECONDS = 2.0
 LINE_SECONDS = 1.0
 LINES_BEFORE_SLOWER = 3600
 """An hour of lines a second; then each line stands for twice the time, and so on."""
+
+TURN_SECONDS = 5.0
 
 KEEPERS = ("guardian", "watcher")
 
@@ -66,7 +68,9 @@ class ResourceSampler:
 
     def watch(self, processes: Mapping[str, Mapping[str, Any]]) -> None:
         """Look at the tree of these processes (kernel, guardian, watcher) from now on; at none if empty."""
-        with self._lock:
+        with self._turn() as has_turn:
+            if not has_turn:
+                return
             if not processes:
                 self._look(time.monotonic(), last=True)
                 self._root = None
@@ -83,11 +87,22 @@ class ResourceSampler:
         """Take a last look, write the last line, and end."""
         self._done.set()
         if self._thread.is_alive():
-            self._thread.join(5.0)
-        with self._lock:
-            self._write(time.monotonic())
-            if self._lines is not None:
-                self._lines.close()
+            self._thread.join(TURN_SECONDS)
+        with self._turn() as has_turn:
+            if has_turn:
+                self._write(time.monotonic())
+                if self._lines is not None:
+                    self._lines.close()
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[bool]:
+        """Whether nothing else looks now: a look may hang in a driver, and the run must not wait for that."""
+        has_turn = self._lock.acquire(timeout=TURN_SECONDS)
+        try:
+            yield has_turn
+        finally:
+            if has_turn:
+                self._lock.release()
 
     def _go_on(self) -> None:
         while not self._done.wait(SAMPLE_SECONDS):

@@ -402,3 +402,29 @@ def test_papermills_users_hear_that_the_grace_was_too_short(project: Project) ->
     assert process.returncode == 1
     assert "the grace period ran out after 3s and the kernel was killed" in err and "GRD_GRACE" in err
     assert not (project.path / "saved").exists()
+
+
+NEVER_FLUSHED = """
+import sys, time
+kernel = get_ipython().kernel
+answer = kernel.control_handlers["shutdown_request"]
+
+def answer_and_lose_the_thread(*request):
+    # as when the main thread ends it between the answer and the flush
+    sys.stdout.pub_thread.schedule = lambda call: None
+    return answer(*request)
+
+if not resume:
+    kernel.control_handlers["shutdown_request"] = answer_and_lose_the_thread
+    print("the step begins", flush=True)
+    while True:
+        time.sleep(0.1)
+"""
+
+
+def test_a_kernel_whose_last_flush_nobody_answers_still_ends_within_the_grace(project: Project) -> None:
+    """ipykernel waits 10 s for that."""
+    process = start(project, NEVER_FLUSHED, options=("--grace", "8s"))
+    project.wait_for_output("the step begins")
+    stop_by(project, "SIGTERM")
+    check_polite_end(project, process, "sigterm")
