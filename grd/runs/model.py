@@ -94,6 +94,8 @@ class RunRecord:
     metrics: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     resume_command: str | None = None
+    mlflow: dict[str, Any] | None = None
+    """Where it is sent: uri (None: what MLflow's environment says), experiment, interval (s); or None."""
     key: str | None = None
     """What made the start idempotent, or None."""
     on_end: str | None = None

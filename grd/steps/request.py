@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from grd import contract
-from grd.errors import ParameterError, UsageError
+from grd.errors import ParameterError, ResourceUnavailable, UsageError
 from grd.execution.notebooks import Kernel, Source, find_kernel, read_notebook
 from grd.execution.parameters import ParametersCell, read_parameters_cell, resolve
-from grd.settings import Settings, parse_duration, parse_size
+from grd.settings import Settings, parse_duration, parse_mlflow, parse_size
+from grd.tracking.mlflow import choice
 
 
 @dataclass(frozen=True)
@@ -98,3 +100,24 @@ def read_seconds(flag: str, value: float | str | None) -> float | None:
         return parse_duration(value)
     except (ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{flag}: {error}") from None
+
+
+def read_mlflow(value: str | bool, experiment: str | None, interval: float) -> dict[str, Any] | None:
+    """What the record keeps of ``--mlflow``. Raises UsageError, and ResourceUnavailable without MLflow."""
+    try:
+        setting = parse_mlflow(value)
+    except (ValueError, AttributeError) as error:
+        raise UsageError(f"--mlflow: {error}") from None
+    if setting != "off" and not choice.is_installed():
+        raise ResourceUnavailable(f"--mlflow: MLflow is not installed; {choice.INSTALL}")
+    return choice.chosen(setting, experiment, interval, Path.cwd())
+
+
+def mlflow_of_settings(settings: Settings, warnings: list[str]) -> dict[str, Any] | None:
+    """The same of the settings; where MLflow is not installed that is a warning."""
+    if settings.mlflow == "off":
+        return None
+    if not choice.is_installed():
+        warnings.append(f"mlflow is set, but MLflow is not installed: nothing is sent; {choice.INSTALL}")
+        return None
+    return choice.chosen(settings.mlflow, settings.mlflow_experiment, settings.mlflow_interval, Path.cwd())
