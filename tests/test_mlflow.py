@@ -1,4 +1,4 @@
-"""Runs in a real MLflow: its sqlite store, and a tracking server that is killed, stopped and started again."""
+"""Runs in a real MLflow: its sqlite store, and a tracking server that is killed, stopped, started again."""
 
 from __future__ import annotations
 
