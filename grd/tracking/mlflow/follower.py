@@ -32,7 +32,10 @@ LONGEST_PAUSE_SECONDS = 30.0
 """Between two tries at a store that does not answer."""
 
 AFTER_END_SECONDS = 10.0
-"""It may stay so long after the run's end, to send the rest of it."""
+"""A store that fails is tried again for so long after the run's end."""
+
+LIMIT_SECONDS = 60.0
+"""After the run's end it is over at the latest: MLflow takes seconds to import, and a store may be slow."""
 
 REQUEST_SECONDS = 10
 DEFAULT_INTERVAL_SECONDS = 10.0
@@ -147,8 +150,6 @@ def follow(folder: RunFolder, attempt: int) -> int:
     lock = None
     while lock is None:  # an earlier attempt's follower may still be sending
         lock = take_lock(folder.mlflow_lock, wait_seconds=LOOK_SECONDS)
-        if lock is None and _is_over(folder, attempt):
-            return COULD_NOT
     sender = Sender(folder, target_of(recovery.current_record(folder)))
     pause, give_up = LOOK_SECONDS, None
     while True:
@@ -184,7 +185,7 @@ def _watch_over(folder: RunFolder, attempt: int) -> None:
         with contextlib.suppress(GrdError, OSError):
             while not _is_over(folder, attempt):
                 time.sleep(1.0)
-        time.sleep(AFTER_END_SECONDS + LOOK_SECONDS)
+        time.sleep(LIMIT_SECONDS)
         os._exit(COULD_NOT)
 
     threading.Thread(target=watch, name="grd-mlflow-limit", daemon=True).start()
