@@ -1,0 +1,182 @@
+"""Giving, using and taking back grants: what reads and writes the log for the rest of grd."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import secrets
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grd import contract
+from grd.agreement import grants
+from grd.agreement.clock import Moment, now
+from grd.agreement.grants import Grant, Ledger, Place, Scope, replay
+from grd.agreement.log import AgreementLog
+from grd.errors import ConfigurationError, GrdError, NotFoundError, ResourceUnavailable, UsageError
+from grd.runs import recovery
+from grd.runs.folder import RunFolder
+from grd.settings import state_dir, user_config_file
+
+LONGEST_GRANT_SECONDS = 30 * 86400.0
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """What an attempt may take of a grant: seconds, and whether that could be written down."""
+
+    grant: str
+    seconds: float
+    counted: bool
+
+
+class Book:
+    """The agreements of this user."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.log = AgreementLog(folder or state_dir())
+
+    def ledger(self) -> tuple[Ledger, str | None]:
+        """All grants, and what is wrong with the log; where something is, no grant counts."""
+        found = self.log.read()
+        return replay(() if found.problem else found.entries), found.problem
+
+    def grant(
+        self,
+        scope: Scope,
+        *,
+        per_run: float,
+        total: float,
+        ends: float,
+        by: dict[str, Any],
+        reason: str | None = None,
+        estimate: dict[str, Any] | None = None,
+    ) -> Grant:
+        """Write a grant down. Raises UsageError for caps or an end that make no sense, and
+        ResourceUnavailable where it cannot be written."""
+        moment = now()
+        for name, value in (("per run", per_run), ("in all", total), ("until", ends - moment.wall)):
+            if not math.isfinite(value) or value <= 0:
+                raise UsageError(f"a grant needs a time above zero {name}, not {value:g} s")
+        if ends - moment.wall > LONGEST_GRANT_SECONDS + 1:
+            raise UsageError("a grant ends after 30 days at the latest")
+        if per_run > total:
+            per_run = total
+        name = secrets.token_hex(3)
+        self.log.append(
+            grants.GRANTED,
+            grant=name,
+            scope={"kind": scope.kind, "value": scope.value},
+            per_run=per_run,
+            total=total,
+            ends=ends,
+            by=by,
+            reason=reason,
+            estimate=estimate,
+        )
+        return self.ledger()[0].grants[name]
+
+    def revoke(self, name: str, by: dict[str, Any]) -> Grant:
+        """Take a grant back, also while runs use it. Raises NotFoundError, and UsageError if it is no more."""
+        ledger, problem = self.ledger()
+        if problem:
+            raise ResourceUnavailable(f"{problem}; no grant counts; see: grd approvals --verify")
+        found = [grant for grant in ledger.grants.values() if grant.id.startswith(name)] if name else []
+        if len(found) != 1:
+            raise NotFoundError(f"no grant {name!r}; see: grd approvals")
+        if found[0].revoked_at is not None:
+            raise UsageError(f"grant {found[0].id} is revoked already")
+        self.log.append(grants.REVOKED, grant=found[0].id, by=by)
+        return self.ledger()[0].grants[found[0].id]
+
+    def find(self, place: Place, used_by_run: float = 0.0) -> tuple[Grant, Ledger, Moment] | None:
+        """The grant that a run at ``place`` would use: of those with time for it the narrowest."""
+        self.settle()
+        ledger, _ = self.ledger()
+        moment = now()
+        fitting = ledger.covering(place, moment)
+        best = [grant for grant in fitting if grant.per_run > used_by_run]
+        return (best[0], ledger, moment) if best else None
+
+    def reserve(self, grant: Grant, run: RunFolder, attempt: int, seconds: float) -> Reservation | None:
+        """Reserve up to ``seconds`` of a grant for an attempt; None if nothing is left.
+
+        Nobody else can reserve the same time. Where the log is on a read-only file system the grant is used,
+        but that is not counted.
+        """
+        granted = 0.0
+
+        def look(entries: tuple[dict[str, Any], ...]) -> tuple[str, dict[str, Any]] | None:
+            nonlocal granted
+            ledger = replay(entries)
+            same = ledger.grants.get(grant.id)
+            granted = 0.0 if same is None else min(seconds, ledger.left(same, now()))
+            if granted <= 0:
+                return None
+            return grants.RESERVED, {
+                "grant": grant.id,
+                "run": run.run_id,
+                "attempt": attempt,
+                "seconds": round(granted, 3),
+                "folder": str(run.path),
+            }
+
+        try:
+            made = self.log.append_after(look)
+        except OSError:
+            ledger, problem = self.ledger()
+            same = ledger.grants.get(grant.id)
+            left = 0.0 if same is None or problem else min(seconds, ledger.left(same, now()))
+            return Reservation(grant.id, left, counted=False) if left > 0 else None
+        return None if made is None else Reservation(grant.id, granted, counted=True)
+
+    def note_use(self, grant_id: str, run_id: str, attempt: int, seconds: float) -> None:
+        """What an attempt has really taken, in place of what was reserved. Never raises."""
+        with contextlib.suppress(OSError, GrdError):
+            self.log.append(
+                grants.USED, grant=grant_id, run=run_id, attempt=attempt, seconds=round(max(0.0, seconds), 3)
+            )
+
+    def is_revoked(self, grant_id: str) -> bool:
+        """Whether somebody took the grant back; a log that cannot be read says nothing."""
+        ledger, problem = self.ledger()
+        grant = ledger.grants.get(grant_id)
+        return problem is None and grant is not None and grant.revoked_at is not None
+
+    def settle(self) -> None:
+        """Count what attempts have used whose runners could not tell it themselves. Never raises."""
+        found = self.log.read()
+        if found.problem:
+            return
+        ledger = replay(found.entries)
+        folders = {
+            (str(entry["run"]), int(entry["attempt"])): str(entry.get("folder"))
+            for entry in found.entries
+            if entry.get("kind") == grants.RESERVED
+        }
+        for (run_id, number), grant_id in ledger.open.items():
+            with contextlib.suppress(GrdError, OSError, IndexError):
+                record = recovery.current_record(RunFolder(Path(folders[(run_id, number)])))
+                attempt = record.attempts[number - 1]
+                if number < record.attempt or record.state in contract.ENDED_STATES:
+                    self.note_use(grant_id, run_id, number, attempt.seconds)
+
+
+def is_allowed_headless(file: Path | None = None) -> bool:
+    """``[approval] allow_noninteractive`` of the user's own settings file, and of no other.
+
+    Raises ConfigurationError for a file or a value that cannot be used.
+    """
+    path = file or user_config_file()
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8")).get("approval", {})
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}") from None
+    value = table.get("allow_noninteractive", False) if isinstance(table, dict) else None
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{path}: [approval] allow_noninteractive must be true or false")
+    return value

@@ -1,0 +1,162 @@
+"""Grants and what is left of them, as the log tells: replayed, never stored, so that there is one truth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grd.agreement.clock import Moment, true_time
+
+GRANTED, DECLINED, TYPED, RESERVED, USED, REVOKED = (
+    "granted", "declined", "typed", "reserved", "used", "revoked"
+)  # fmt: skip
+RESTARTED = "restarted"
+
+RUN, NOTEBOOK, PROJECT, EVERYWHERE = "run", "notebook", "project", "everywhere"
+SCOPES = (RUN, NOTEBOOK, PROJECT, EVERYWHERE)
+"""Narrowest first: of the grants that cover a run the narrowest is used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scope:
+    """What a grant is for: a run id, a notebook's path, a project's folder, or everything of this user."""
+
+    kind: str
+    value: str = ""
+
+    def covers(self, place: Place) -> bool:
+        """Whether a run at ``place`` is within it."""
+        if self.kind == RUN:
+            return self.value == place.run_id
+        if self.kind == NOTEBOOK:
+            return self.value == place.notebook
+        if self.kind == PROJECT:
+            return Path(self.value) in (Path(place.project), *Path(place.project).parents)
+        return self.kind == EVERYWHERE
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == EVERYWHERE else f"{self.kind} {self.value}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Which run wants time: its id where it has one, its notebook and its project (absolute paths)."""
+
+    project: str
+    notebook: str
+    run_id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grant:
+    """Somebody's agreement: at most ``per_run`` seconds a run and ``total`` in all, up to ``ends`` (POSIX)."""
+
+    id: str
+    scope: Scope
+    per_run: float
+    total: float
+    ends: float
+    by: dict[str, Any]
+    reason: str | None = None
+    estimate: dict[str, Any] | None = None
+    made: Moment
+    revoked_at: float | None = None
+
+    @classmethod
+    def from_entry(cls, entry: Mapping[str, Any]) -> Grant:
+        """The grant of a log entry. Raises KeyError, TypeError or ValueError for what is none."""
+        numbers = {name: float(entry[name]) for name in ("per_run", "total", "ends")}
+        for name, value in numbers.items():
+            if not math.isfinite(value) or value <= 0:
+                raise ValueError(f"{name} must be above zero, not {value}")
+        scope = entry["scope"]
+        if scope["kind"] not in SCOPES:
+            raise ValueError(f"no scope {scope['kind']!r}")
+        return cls(
+            id=str(entry["grant"]),
+            scope=Scope(kind=scope["kind"], value=str(scope.get("value", ""))),
+            by=dict(entry.get("by") or {}),
+            reason=entry.get("reason"),
+            estimate=entry.get("estimate"),
+            made=Moment.from_dict(entry),
+            **numbers,
+        )
+
+
+@dataclass
+class Ledger:
+    """All grants, and what runs have used of them or have reserved, in seconds by (run, attempt)."""
+
+    grants: dict[str, Grant] = field(default_factory=dict)
+    used: dict[str, dict[tuple[str, int], float]] = field(default_factory=dict)
+    open: dict[tuple[str, int], str] = field(default_factory=dict)
+    """Reservations that no use has settled yet, with their grant."""
+    last: Moment | None = None
+    """The time of the newest entry."""
+
+    def spent(self, grant_id: str) -> float:
+        """Seconds of a grant that were used or are reserved."""
+        return sum(self.used.get(grant_id, {}).values())
+
+    def time_at(self, moment: Moment, grant: Grant) -> float:
+        """The wall clock at ``moment``, as far as it can be believed."""
+        return true_time(moment, [past for past in (grant.made, self.last) if past is not None])
+
+    def state_of(self, grant: Grant, moment: Moment) -> str:
+        """valid, revoked, expired, or used up."""
+        if grant.revoked_at is not None:
+            return "revoked"
+        if self.time_at(moment, grant) >= grant.ends:
+            return "expired"
+        return "valid" if self.left(grant, moment) > 0 else "used up"
+
+    def left(self, grant: Grant, moment: Moment) -> float:
+        """Seconds that are left of a grant's total, 0 if it is no longer valid."""
+        if grant.revoked_at is not None or self.time_at(moment, grant) >= grant.ends:
+            return 0.0
+        return max(0.0, grant.total - self.spent(grant.id))
+
+    def used_by_run(self, grant_id: str, run_id: str) -> float:
+        """Seconds of a grant that one run has used or reserved."""
+        return sum(seconds for (run, _), seconds in self.used.get(grant_id, {}).items() if run == run_id)
+
+    def covering(self, place: Place, moment: Moment) -> list[Grant]:
+        """The valid grants for a run at ``place``, the narrowest and soonest to end first."""
+        found = [
+            grant
+            for grant in self.grants.values()
+            if grant.scope.covers(place) and self.state_of(grant, moment) == "valid"
+        ]
+        return sorted(found, key=lambda grant: (SCOPES.index(grant.scope.kind), grant.ends, grant.id))
+
+
+def replay(entries: Iterable[Mapping[str, Any]]) -> Ledger:
+    """The ledger after all entries. Entries of a kind this version does not know change nothing."""
+    ledger = Ledger()
+    for entry in entries:
+        moment = Moment.from_dict(entry)
+        if ledger.last is None or moment.wall > ledger.last.wall:
+            ledger.last = moment
+        kind, grant_id = entry.get("kind"), str(entry.get("grant"))
+        try:
+            if kind == GRANTED:
+                ledger.grants[grant_id] = Grant.from_entry(entry)
+            elif kind == REVOKED and grant_id in ledger.grants:
+                before = ledger.grants[grant_id]
+                ledger.grants[grant_id] = Grant(**{**vars(before), "revoked_at": moment.wall})
+            elif kind in (RESERVED, USED):
+                attempt = (str(entry["run"]), int(entry["attempt"]))
+                seconds = float(entry["seconds"])
+                if not math.isfinite(seconds) or seconds < 0:
+                    raise ValueError("seconds must be 0 or more")
+                ledger.used.setdefault(grant_id, {})[attempt] = seconds
+                if kind == RESERVED:
+                    ledger.open[attempt] = grant_id
+                else:
+                    ledger.open.pop(attempt, None)
+        except (KeyError, TypeError, ValueError):
+            continue  # of no grant that could be understood: it gives nobody anything
+    return ledger

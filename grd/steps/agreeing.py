@@ -1,0 +1,220 @@
+"""Before a start: what was agreed to, asking whoever is there, and writing it down."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grd.agreement import allocation, decision, grants
+from grd.agreement.book import Book, is_allowed_headless
+from grd.agreement.decision import Decision, Facts
+from grd.agreement.grants import EVERYWHERE, PROJECT, RUN, Grant, Place, Scope
+from grd.agreement.person import identity, who_can_answer
+from grd.errors import ApprovalRequired, GrdError, UsageError
+from grd.runs.folder import RunFolder
+from grd.settings import Settings, format_duration, parse_duration
+
+SESSION_SECONDS = 4 * 3600.0
+"""What "the session" is when it is approved: this project, so long in all, and not beyond."""
+
+ASK_AGAIN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What a person is asked: an estimate in seconds, its interval, what it is from, and the cap otherwise."""
+
+    notebook: str
+    seconds: float | None
+    low: float | None
+    high: float
+    basis: str
+    otherwise: float
+
+    @property
+    def proposed(self) -> float:
+        """What a yes agrees to: the upper bound, in whole minutes."""
+        return max(60.0, -(-self.high // 60) * 60)
+
+
+Asker = Callable[[Question], str]
+"""Gets a question, returns what the person typed: y, s, c, n, or a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreed:
+    """What a run may take: all attempts together, and this attempt; None is no cap of that kind."""
+
+    word: str
+    total: float | None
+    attempt: float | None
+    grant: Grant | None = None
+
+    def budget(self, used: float) -> dict[str, Any]:
+        """As the record keeps it."""
+        found: dict[str, Any] = {"seconds": self.total, "used_seconds": used, "agreed": self.word}
+        return found if self.grant is None else {**found, "grant": self.grant.id}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What is to be started or resumed. Times are seconds."""
+
+    place: Place
+    timeout: float | None
+    budget: float | None
+    typed_now: bool
+    grace: float
+    used: float = 0.0
+    agreed_before: str = decision.DEFAULT
+    estimate: Mapping[str, Any] | None = None
+    """``seconds``, ``low``, ``high``, ``basis``; None if nothing is known."""
+
+
+def agree(
+    wanted: Wanted,
+    settings: Settings,
+    *,
+    asker: Asker | None = None,
+    environment: Mapping[str, str] = os.environ,
+    book: Book | None = None,
+) -> Agreed:
+    """What the run may take. Raises ApprovalRequired where nobody has agreed, or somebody said no."""
+    book = book or Book()
+    who = who_can_answer(environment)
+    grant, granted, left = _grant_for(book, wanted)
+    in_job = allocation.job_of(environment) is not None
+    ends = allocation.end_of_job(environment) if in_job else None
+    high = (wanted.estimate or {}).get("high")
+    facts = Facts(
+        timeout=wanted.timeout,
+        budget=wanted.budget,
+        used=wanted.used,
+        typed_now=wanted.typed_now,
+        agreed_before=wanted.agreed_before,
+        person=who is not None,
+        threshold=settings.long_running_threshold,
+        default_timeout=settings.default_timeout,
+        estimate_high=None if high is None else float(high),
+        granted=granted,
+        granted_left=left,
+        allocation=None if ends is None else ends - time.time(),
+        in_job=in_job,
+        grace=wanted.grace,
+        allowed=is_allowed_headless(),
+    )
+    decided = decision.decide(facts)
+    if decided.action == decision.REFUSE:
+        raise ApprovalRequired(f"{decided.why}; {_how_to_grant(book, wanted)}")
+    if decided.action == decision.ASK:
+        return _ask(book, wanted, facts, decided, asker, who)
+    if decided.agreed == decision.TYPED and wanted.typed_now:
+        _note(book, grants.TYPED, wanted, who, timeout=wanted.timeout, budget=wanted.budget)
+    used_grant = grant if decided.agreed == decision.GRANT else None
+    return Agreed(word=decided.agreed, total=decided.total, attempt=decided.attempt, grant=used_grant)
+
+
+def _grant_for(book: Book, wanted: Wanted) -> tuple[Grant | None, float | None, float | None]:
+    found = book.find(wanted.place, wanted.used)
+    if found is None:
+        return None, None, None
+    grant, ledger, moment = found
+    return grant, grant.per_run, ledger.left(grant, moment)
+
+
+def _ask(
+    book: Book, wanted: Wanted, facts: Facts, decided: Decision, asker: Asker | None, who: str | None
+) -> Agreed:
+    """One question; without an answer that is understood it is a no."""
+    capped = Agreed(word=decision.DEFAULT, total=decided.total, attempt=None)
+    if asker is None:
+        return capped  # nobody can show the question here: it runs as if nothing were known
+    estimate = dict(wanted.estimate or {})
+    question = Question(
+        notebook=wanted.place.notebook,
+        seconds=estimate.get("seconds"),
+        low=estimate.get("low"),
+        high=float(estimate["high"]),
+        basis=str(estimate.get("basis") or ""),
+        otherwise=facts.default_timeout,
+    )
+    for _ in range(ASK_AGAIN):
+        answer = asker(question).strip().lower()
+        if answer in ("c", "capped"):
+            return capped
+        if answer in ("s", "session"):
+            grant = book.grant(
+                Scope(kind=PROJECT, value=wanted.place.project),
+                per_run=SESSION_SECONDS,
+                total=SESSION_SECONDS,
+                ends=time.time() + SESSION_SECONDS,
+                by=identity(who),
+                estimate=estimate,
+            )
+            return Agreed(word=decision.GRANT, total=grant.per_run, attempt=grant.total, grant=grant)
+        if answer in ("n", "no", ""):
+            break
+        try:
+            seconds = question.proposed if answer in ("y", "yes") else parse_duration(answer)
+        except ValueError:
+            continue
+        _note(book, grants.TYPED, wanted, who, timeout=None, budget=seconds)
+        return Agreed(word=decision.TYPED, total=seconds, attempt=None)
+    _note(book, grants.DECLINED, wanted, who)
+    raise ApprovalRequired(f"declined; to run it within {format_duration(facts.default_timeout)}, answer: c")
+
+
+def _note(book: Book, kind: str, wanted: Wanted, who: str | None, **values: Any) -> None:
+    """Write down what a person said; that it cannot be written does not undo it."""
+    try:
+        book.log.append(
+            kind,
+            place={
+                "project": wanted.place.project,
+                "notebook": wanted.place.notebook,
+                "run": wanted.place.run_id,
+            },
+            by=identity(who),
+            estimate=None if wanted.estimate is None else dict(wanted.estimate),
+            **values,
+        )
+    except GrdError:
+        return
+
+
+def _how_to_grant(book: Book, wanted: Wanted) -> str:
+    """The command that a person types."""
+    problem = book.ledger()[1]
+    if problem is not None:
+        return f"no grant counts, for {problem}; a person types: grd approvals --verify"
+    seconds = max(wanted.timeout or 0.0, wanted.budget or 0.0)
+    caps = f"--max {_typed(seconds)} --total {_typed(max(seconds, SESSION_SECONDS))}"
+    return f"a person types, in {wanted.place.project}: grd approve {caps}"
+
+
+def _typed(seconds: float) -> str:
+    """A duration that can be typed, not shorter than ``seconds``."""
+    whole = int(-(-seconds // 1))
+    if whole % 3600 == 0:
+        return f"{whole // 3600}h"
+    return f"{-(-whole // 60)}m"
+
+
+def scope_of(
+    *, run: RunFolder | None, notebook: str | None, everywhere: bool, project: Path
+) -> Scope:
+    """The scope of a grant as it was typed. Raises UsageError for more than one."""
+    chosen = [run is not None, notebook is not None, everywhere]
+    if sum(chosen) > 1:
+        raise UsageError("name a notebook, or give --run, or --everywhere: one of them")
+    if run is not None:
+        return Scope(kind=RUN, value=run.run_id)
+    if notebook is not None:
+        return Scope(kind=grants.NOTEBOOK, value=notebook)
+    if everywhere:
+        return Scope(kind=EVERYWHERE)
+    return Scope(kind=PROJECT, value=str(project))
