@@ -71,7 +71,8 @@ def wait_for_end(run: Path) -> None:
 
 
 def wait_for_all(run: Path) -> dict[str, Any]:
-    found = wait_until(lambda: shipped(run).get("complete") and shipped(run), "everything to arrive")
+    attempt = json.loads((run / "run.json").read_text())["attempt"]
+    found = wait_until(lambda: shipped(run).get("whole") == attempt and shipped(run), "everything to arrive")
     wait_for_end(run)
     return dict(found)
 
@@ -278,7 +279,7 @@ def test_a_sender_that_is_killed_loses_nothing_and_sends_nothing_twice(project: 
         follower.kill()
     (project.path / "go").touch()
     assert project.finish(process).code == 0
-    assert not shipped(run)["complete"]
+    assert shipped(run)["whole"] == 0
     told = project.grd("status", run.name)
     assert f"grd mlflow export {run.name}" in told.out
     sent = project.grd("mlflow", "export", "--waiting", "--json")
@@ -327,7 +328,7 @@ def test_a_server_that_dies_in_mid_run_costs_the_run_nothing_and_gets_the_rest_l
     assert project.record()["state"] == "completed"
     wait_for_end(run)
     before = shipped(run)
-    assert not before["complete"]
+    assert before["whole"] == 0
     assert before["error"]
     down = project.grd("mlflow", "export", "last")
     assert down.code == 69
@@ -338,7 +339,7 @@ def test_a_server_that_dies_in_mid_run_costs_the_run_nothing_and_gets_the_rest_l
     assert later.json["runs"][0]["run_id"] == before["run_id"]
     assert points(server.uri, before["run_id"], "total") == history(run)
     assert client(server.uri).get_run(before["run_id"]).info.status == "FINISHED"
-    assert shipped(run)["complete"]
+    assert shipped(run)["whole"] == 1
 
 
 def test_a_server_that_hangs_holds_up_neither_the_run_nor_its_end(project: Project, server: Server) -> None:
@@ -352,7 +353,7 @@ def test_a_server_that_hangs_holds_up_neither_the_run_nor_its_end(project: Proje
     done = project.finish(process)
     assert done.code == 0, done.err
     wait_for_end(run)
-    assert not shipped(run)["complete"]
+    assert shipped(run)["whole"] == 0
     server.signal(signal.SIGCONT)
     later = project.grd("mlflow", "export", "last", "--json")
     assert later.code == 0, later.err
@@ -367,7 +368,7 @@ def test_a_store_that_was_never_there_is_said_and_the_run_completes(project: Pro
     assert project.grd("research", "train.ipynb", "--mlflow", nowhere).code == 0
     run = project.only_run()
     wait_for_end(run)
-    assert not shipped(run, nowhere)["complete"]
+    assert shipped(run, nowhere)["whole"] == 0
     told = project.grd("status", run.name).out
     assert f"grd mlflow export {run.name}" in told
 

@@ -66,9 +66,11 @@ def test_hardware_is_told_without_a_gpu_or_a_cuda_version() -> None:
 
 
 def test_a_parameter_that_a_resume_changed_becomes_a_tag() -> None:
-    parameters, tags = translation.new_parameters({"lr": 0.1, "epochs": 5}, {"lr": "0.01"}, 2)
+    first, newest = {"lr": 0.01, "epochs": 5}, {"lr": 0.1, "epochs": 5, "new": 1}
+    parameters, tags = translation.parameters_and_changes(first, newest, {"lr": "0.01"}, 2)
     assert parameters == {"epochs": "5"}
-    assert tags == {"grd.attempt-2.lr": "0.1"}
+    assert tags == {"grd.attempt-2.lr": "0.1", "grd.attempt-2.new": "1"}
+    assert translation.parameters_and_changes(first, first, {}, 1) == ({"lr": "0.01", "epochs": "5"}, {})
 
 
 @pytest.mark.parametrize(

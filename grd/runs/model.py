@@ -69,6 +69,8 @@ class RunRecord:
     notebook: str
     notebook_sha256: str
     parameters: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """The notebook's own values of the parameters it declares, where they are literals of JSON."""
     working_dir: str
     checkpoint_dir: str
     declared: list[str] = field(default_factory=list)

@@ -22,7 +22,9 @@ def is_waiting(folder: RunFolder, record: RunRecord) -> bool:
     if record.state not in contract.ENDED_STATES:
         return False
     stores = state.load(folder)
-    return any(not shipped.complete for shipped in stores.values()) or (bool(record.mlflow) and not stores)
+    return any(shipped.whole < record.attempt for shipped in stores.values()) or (
+        bool(record.mlflow) and not stores
+    )
 
 
 def export(

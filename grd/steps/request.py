@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,11 @@ class Request:
         """Which of the injected names the notebook declares."""
         return [name for name in contract.INJECTED_PARAMETERS if self.cell.declares(name)]
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What the notebook's own parameters are where nobody gives them."""
+        return defaults_of(self.cell)
+
 
 def check(
     notebook: str, parameters: Mapping[str, Any], *, kernel: str | None = None, allow_unknown: bool = False
@@ -56,6 +63,17 @@ def check_language(kernel: Kernel, parameters: Mapping[str, Any], cell: Paramete
         raise ParameterError(
             f"papermill writes no parameters for {kernel.language or kernel.name} notebooks; leave them out"
         ) from None
+
+
+def defaults_of(cell: ParametersCell) -> dict[str, Any]:
+    """The literal values in a parameters cell, as far as JSON has them; without the injected names."""
+    found: dict[str, Any] = {}
+    for name, declared in cell.declared.items():
+        if name in contract.INJECTED_PARAMETERS or declared.default is ...:
+            continue
+        with contextlib.suppress(TypeError, ValueError):
+            found[name] = json.loads(json.dumps(declared.default, allow_nan=False))
+    return found
 
 
 def adoption_warnings(cell: ParametersCell) -> list[str]:

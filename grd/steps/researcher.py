@@ -203,6 +203,7 @@ def _create(
         language=request.kernel.language,
         parameters=request.parameters,
         declared=request.declared,
+        defaults=request.defaults,
         working_dir=str(Path.cwd()),
         checkpoint_dir=str(checkpoints),
         created_at=now_iso(),

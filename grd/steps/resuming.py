@@ -30,7 +30,14 @@ from grd.runs.folder import RunFolder
 from grd.runs.liveness import needs_recovery
 from grd.runs.model import Attempt, RunRecord, seconds_left
 from grd.settings import format_duration
-from grd.steps.request import adoption_warnings, check_language, read_mlflow, read_seconds, read_size
+from grd.steps.request import (
+    adoption_warnings,
+    check_language,
+    defaults_of,
+    read_mlflow,
+    read_seconds,
+    read_size,
+)
 from grd.steps.run import Run, status
 from grd.steps.started import OnEvent, OnNote, Started, launch, see_to_end, tell
 from grd.tracking.mlflow.follower import DEFAULT_INTERVAL_SECONDS
@@ -198,6 +205,7 @@ def _apply_changes(
         record.notebook = source.location
         record.warnings = adoption_warnings(cell)
     record.kernel_name, record.language = kernel.name, kernel.language
+    record.defaults = defaults_of(cell)
     record.declared = [name for name in contract.INJECTED_PARAMETERS if cell.declares(name)]
     different = {
         name: {"from": record.parameters.get(name), "to": value}

@@ -202,7 +202,7 @@ def status_of(folder: RunFolder) -> dict[str, Any]:
     """The record's words with live progress, metrics and checkpoint where the run is under way."""
     record = recovery.current_record(folder)
     shown = record.to_dict()
-    stores = mlflow_state.summary(folder)
+    stores = mlflow_state.summary(folder, record.attempt)
     if record.mlflow is not None or stores:
         shown["mlflow"] = {**(record.mlflow or {}), "stores": stores}
     if record.state in (contract.RUNNING, contract.QUEUED):

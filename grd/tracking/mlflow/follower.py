@@ -116,7 +116,7 @@ class Sender:
         except Exception as error:  # whatever a store, its client or the network may come up with
             shipped = self._stores.setdefault(self._uri or (self._target.uri or "default"), Shipped())
             first = (str(error).strip().splitlines() or [""])[0]
-            shipped.error, shipped.complete = f"{type(error).__name__}: {first}"[:500], False
+            shipped.error = f"{type(error).__name__}: {first}"[:500]
             with contextlib.suppress(OSError):
                 self._keep()
         return record, shipped
@@ -159,8 +159,10 @@ def follow(folder: RunFolder, attempt: int) -> int:
         if record.state in contract.ENDED_STATES:
             give_up = give_up or time.monotonic() + AFTER_END_SECONDS
             pause = min(pause, LOOK_SECONDS)
-            if shipped.complete or time.monotonic() >= give_up:
-                return 0 if shipped.complete else COULD_NOT
+            if shipped.error is None:
+                return 0
+            if time.monotonic() >= give_up:
+                return COULD_NOT
         pause = LOOK_SECONDS if shipped.error is None else min(2 * pause, LONGEST_PAUSE_SECONDS)
         _rest(folder, attempt, pause)
 

@@ -64,7 +64,9 @@ class Shipment:
                 run_id, status=status, end_time=translation.milliseconds(record.ended_at)
             )
             shipped.status = status
-        shipped.complete, shipped.error = ended, None
+        if ended:
+            shipped.whole = record.attempt
+        shipped.error = None
         self._keep()
 
     def _find_or_create(self, record: RunRecord) -> str:
@@ -105,10 +107,12 @@ class Shipment:
 
         shipped = self._shipped
         profile = self._profile(record.attempt)
-        wanted: dict[str, Any] = dict(record.parameters)
-        if profile is not None:
-            wanted = {**translation.hardware_parameters(profile), **wanted}
-        parameters, changed = translation.new_parameters(wanted, shipped.parameters, record.attempt)
+        first = {**record.defaults, **record.attempts[0].parameters}
+        newest = {**record.defaults, **record.parameters}
+        hardware = {} if profile is None else translation.hardware_parameters(profile)
+        parameters, changed = translation.parameters_and_changes(
+            {**hardware, **first}, {**hardware, **newest}, shipped.parameters, record.attempt
+        )
         tags = {**translation.tags_of(record.to_dict(), profile), **changed}
         tags = {name: value for name, value in tags.items() if shipped.tags.get(name) != value}
         if not parameters and not tags:

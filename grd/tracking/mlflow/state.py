@@ -36,8 +36,8 @@ class Shipped:
     status: str | None = None
     refused: list[str] = field(default_factory=list)
     """What the store would not take, the first of them."""
-    complete: bool = False
-    """Whether everything of the run as it stood then has arrived."""
+    whole: int = 0
+    """The attempt with whose end everything had arrived; 0 for none yet."""
     error: str | None = None
     """Why the last try failed; None if it did not."""
 
@@ -62,15 +62,18 @@ def store(folder: RunFolder, stores: dict[str, Shipped]) -> None:
     write_json(folder.mlflow, value, durable=False)
 
 
-def summary(folder: RunFolder) -> list[dict[str, Any]]:
-    """For those who look, a store each: uri, run_id, metrics, refused (numbers), complete, error."""
+def summary(folder: RunFolder, attempt: int) -> list[dict[str, Any]]:
+    """For those who look, a store each: uri, run_id, metrics, refused (numbers), complete, error.
+
+    ``complete``: everything has arrived, up to the end of ``attempt``, the run's newest.
+    """
     return [
         {
             "uri": uri,
             "run_id": shipped.run_id,
             "metrics": shipped.metrics,
             "refused": len(shipped.refused),
-            "complete": shipped.complete,
+            "complete": shipped.whole >= attempt,
             "error": shipped.error,
         }
         for uri, shipped in load(folder).items()

@@ -87,17 +87,20 @@ def hardware_parameters(profile: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def new_parameters(
-    wanted: Mapping[str, Any], logged: Mapping[str, str], attempt: int
+def parameters_and_changes(
+    first: Mapping[str, Any], newest: Mapping[str, Any], logged: Mapping[str, str], attempt: int
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """What to log as parameters, and as tags: MLflow's parameters cannot change, a later attempt's can."""
-    parameters, tags = {}, {}
-    for name, value in wanted.items():
-        key, text = key_of(name), text_of(value)
-        if key not in logged:
-            parameters[key] = text
-        elif logged[key] != text:
-            tags[f"grd.attempt-{attempt}.{key}"] = text
+    """What to log as parameters, and as tags: MLflow's parameters cannot change, a later attempt's can.
+
+    ``first`` and ``newest``: the parameters of the first and of this attempt; ``logged``: what MLflow has.
+    """
+    parameters = {key_of(name): text_of(value) for name, value in first.items() if key_of(name) not in logged}
+    known = {**parameters, **logged}
+    tags = {
+        f"grd.attempt-{attempt}.{key_of(name)}": text_of(value)
+        for name, value in newest.items()
+        if known.get(key_of(name)) != text_of(value)
+    }
     return parameters, tags
 
 
