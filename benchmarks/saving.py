@@ -4,7 +4,7 @@
     GRD_BENCH_FULL=1 python -m benchmarks saving      every row 5 times, also papermill's slow ones
 
 Three commands execute each notebook: ``papermill IN OUT`` with its own engine, ``papermill --engine grd IN
-OUT``, and ``grd research IN --timeout 1h``, which keeps a record besides. They take turns, so that a machine
+OUT``, and ``grd research IN --timeout 9m``, which keeps a record besides. They take turns, so that a machine
 that becomes busy is busy for all of them. Every output is read and checked before its time counts.
 """
 
@@ -36,7 +36,7 @@ PAPERMILL, ENGINE, RESEARCH = "papermill", "papermill --engine grd", "grd resear
 COMMANDS = {
     PAPERMILL: ("papermill", "in.ipynb", "out.ipynb"),
     ENGINE: ("papermill", "--engine", "grd", "in.ipynb", "out.ipynb"),
-    RESEARCH: ("grd", "research", "in.ipynb", "--timeout", "1h"),
+    RESEARCH: ("grd", "research", "in.ipynb", "--timeout", "9m"),
 }
 OURS = (ENGINE, RESEARCH)
 

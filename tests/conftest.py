@@ -230,6 +230,9 @@ def project(tmp_path: Path) -> Iterator[Project]:
         "XDG_CONFIG_HOME": str(tmp_path / "config"),
         "IPYTHONDIR": str(tmp_path / "ipython"),
     }
+    # Nobody sits at these tests; what that means for long runs is tested where it is asked for.
+    (tmp_path / "config" / "grd").mkdir(parents=True)
+    (tmp_path / "config" / "grd" / "config.toml").write_text("[approval]\nallow_noninteractive = true\n")
     made = Project(folder, environment)
     yield made
     for process in made.started:

@@ -60,12 +60,17 @@ def test_every_command_prints_the_documented_fields(project: Project) -> None:
         (("result", run), "grd.result/1"),
         (("config", "show"), "grd.config/1"),
         (("gc", "--dry-run"), "grd.gc/1"),
+        (("approve", "--total", "1h"), "grd.approve/1"),
+        (("approvals",), "grd.approvals/1"),
+        (("revoke", "--all"), "grd.revoke/1"),
         (("rm", run), "grd.rm/1"),
     ):
         done = project.grd(*command, "--json")
         check(done.json, schema)
         for inner in done.json.get("runs", []):
             assert set(inner) == documented("grd.run/1")
+        for grant in [*done.json.get("grants", []), *([done.json["grant"]] if "grant" in done.json else [])]:
+            assert set(grant) == documented("grant")
         for removed in done.json.get("removed", []):
             assert set(removed) == {"path", "bytes", "what"}
     for line in [*project.grd("events", "last").out.splitlines(), *ended.err.splitlines()]:

@@ -146,7 +146,7 @@ def test_the_timeout_bounds_one_attempt_and_the_budget_all_of_them(project: Proj
     project.notebook("train.ipynb", TICKS, parameters=PARAMETERS)
     first = project.grd("research", "train.ipynb", "--timeout", "12s", "--budget", "20s", "--json")
     assert first.code == 75
-    assert (first.json["cause"], first.json["budget"]["agreed"]) == ("deadline", "typed")
+    assert (first.json["cause"], first.json["budget"]["agreed"]) == ("deadline", "allowed")
     second = project.grd("resume", "last", "--json")
     assert (second.code, second.json["cause"]) == (75, "budget")
     third = project.grd("resume", "last")

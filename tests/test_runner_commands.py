@@ -251,7 +251,7 @@ def test_config_show_tells_where_each_setting_comes_from_in_the_order_of_precede
         return setting["value"], setting["origin"]
 
     assert grace() == (30.0, "default")
-    user.parent.mkdir(parents=True)
+    user.parent.mkdir(parents=True, exist_ok=True)
     user.write_text("grace = '11s'\n")
     assert grace() == (11.0, str(user))
     (project.path / "pyproject.toml").write_text("[tool.grd]\ngrace = 12\n")

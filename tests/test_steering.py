@@ -237,7 +237,7 @@ def test_settings_say_where_they_come_from_and_bad_ones_are_exit_78(project: Pro
         ]
         return found
 
-    (tmp_path / "config" / "grd").mkdir(parents=True)
+    (tmp_path / "config" / "grd").mkdir(parents=True, exist_ok=True)
     (tmp_path / "config" / "grd" / "config.toml").write_text('grace = "11s"\nstart_timeout = "70s"\n')
     assert shown()["grace"]["value"] == 11
     (project.path / "pyproject.toml").write_text('[tool.grd]\ngrace = "12s"\n')

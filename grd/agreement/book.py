@@ -79,7 +79,7 @@ class Book:
         return self.ledger()[0].grants[name]
 
     def revoke(self, name: str, by: dict[str, Any]) -> Grant:
-        """Take a grant back, also while runs use it. Raises NotFoundError, and UsageError if it is no more."""
+        """Take a grant back, also while runs use it. Raises NotFoundError or UsageError for no such grant."""
         ledger, problem = self.ledger()
         if problem:
             raise ResourceUnavailable(f"{problem}; no grant counts; see: grd approvals --verify")

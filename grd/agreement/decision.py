@@ -8,7 +8,7 @@ from typing import Any
 from grd.settings import format_duration
 
 DEFAULT, TYPED, GRANT, ALLOCATION, ALLOWED = "default", "typed", "grant", "allocation", "allowed"
-"""Who agreed: nobody (the default cap), a person who typed it, a grant, a scheduler's job, the user's file."""
+"""Who agreed: nobody yet, a person who typed it, a grant, a scheduler's job, the user's own settings file."""
 
 START, ASK, REFUSE = "start", "ask", "refuse"
 
@@ -91,6 +91,8 @@ def decide(facts: Facts) -> Decision:
 
 def _of_job(facts: Facts) -> Decision:
     attempt = facts.timeout
+    if facts.allocation is None and attempt is None and facts.budget is None:
+        return Decision(action=START, agreed=DEFAULT, total=facts.default_timeout)
     if facts.allocation is not None:
         room = max(0.0, facts.allocation - facts.grace - ALLOCATION_SLACK_SECONDS)
         attempt = room if attempt is None else min(attempt, room)

@@ -52,7 +52,7 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Grant:
-    """Somebody's agreement: at most ``per_run`` seconds a run and ``total`` in all, up to ``ends`` (POSIX)."""
+    """An agreement: at most ``per_run`` seconds a run and ``total`` in all, up to ``ends`` (POSIX)."""
 
     id: str
     scope: Scope

@@ -167,7 +167,9 @@ def check(data: bytes) -> tuple[tuple[dict[str, Any], ...], str | None]:
         if not isinstance(entry, dict):
             continue
         number = len(entries) + 1
-        fits = entry.get("n") == number and entry.get("prev") == previous and entry.get("hash") == _hash(entry)
+        fits = (
+            entry.get("n") == number and entry.get("prev") == previous and entry.get("hash") == _hash(entry)
+        )
         if not fits:
             return tuple(entries), f"the log of agreements was edited at entry {number}"
         try:

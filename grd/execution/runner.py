@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from grd import contract
+from grd.agreement.use import GrantInUse
 from grd.errors import GrdError
 from grd.execution.outcome import Outcome, storage_cause
 from grd.execution.slow_imports import import_jsonschema
@@ -59,12 +60,13 @@ class Runner:
         self._saving = threading.Lock()
         self._beating = threading.Event()
         self._hardware: threading.Thread | None = None
+        self._grant = GrantInUse(self.record, self.attempt)
         self._mlflow: subprocess.Popen[bytes] | None = None
         self._resources = ResourceSampler(
             self.paths.resources,
             lambda message: self.events.write(contract.EVENT_WARNING, message=message),
         )
-        seconds, reason = seconds_left(self.record)
+        seconds, reason = seconds_left(self.record, self.attempt.cap)
         self.stopper = Stopper(
             deadline=self.began + max(0.0, seconds),
             deadline_reason=reason,
@@ -78,6 +80,7 @@ class Runner:
     def run(self) -> Outcome:
         """Execute the attempt; the outcome is in the record when this returns."""
         self.stopper.start()
+        self._grant.watch(lambda: self.stopper.request(contract.REVOKED))
         heart = threading.Thread(target=self._beat, name="grd-heartbeat", daemon=True)
         heart.start()
         try:
@@ -319,6 +322,7 @@ class Runner:
         attempt.resources = self._resources.summary()
         attempt.ended_at = now_iso()
         attempt.seconds = round(time.monotonic() - self.began, 3)
+        self._grant.close(attempt.seconds)
         used = float(record.budget.get("used_seconds") or 0.0)
         record.budget["used_seconds"] = round(used + attempt.seconds, 3)
         record.state, record.cause, record.detail = outcome.state, outcome.cause, outcome.detail

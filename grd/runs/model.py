@@ -31,6 +31,9 @@ class Attempt:
     """Awake time (CLOCK_MONOTONIC) from the runner's start to its end."""
     parameters: dict[str, Any] = field(default_factory=dict)
     notebook_sha256: str | None = None
+    cap: dict[str, Any] | None = None
+    """What this attempt may take beside the record's timeout and budget: seconds, cause (of the end it would
+    meet), grant, counted (whether the grant's log could be written); None without such a cap."""
     changes: dict[str, Any] = field(default_factory=dict)
     """What was changed against the attempt before: notebook, parameters, timeout, budget, from_epoch."""
     stop: dict[str, Any] | None = None
@@ -82,7 +85,8 @@ class RunRecord:
     timeout: float | None = None
     """Cap on one attempt as somebody typed it; None if nobody did."""
     budget: dict[str, Any] = field(default_factory=dict)
-    """seconds (cap on all attempts together, or None), used_seconds, agreed ("typed" or "default")."""
+    """seconds (cap on all attempts together, or None), used_seconds, typed (--budget, or None), grant (its
+    id), agreed: who agreed to it ("default": nobody yet; "typed", "grant", "allocation", "allowed")."""
     grace: float = contract.DEFAULT_GRACE_SECONDS
     start_timeout: float = contract.DEFAULT_START_TIMEOUT_SECONDS
     max_output: int = contract.DEFAULT_MAX_OUTPUT_BYTES
@@ -156,19 +160,23 @@ def _sorted_out(kind: type[Any], value: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "unknown": {name: item for name, item in value.items() if name not in known}}
 
 
-def seconds_left(record: RunRecord) -> tuple[float, str]:
-    """How long the next attempt may run in seconds, and the cause of the end it would meet.
+def seconds_left(record: RunRecord, cap: dict[str, Any] | None) -> tuple[float, str]:
+    """How long an attempt with this ``cap`` may run in seconds, and the cause of the end it would meet.
 
-    The smaller of ``timeout`` (one attempt) and what the budget of all attempts has left; where nobody has
-    typed either, the default cap of all attempts together. The result may be zero or less.
+    The smallest of ``timeout`` (one attempt), what the budget of all attempts has left, and ``cap``; where
+    nobody has typed or agreed to anything, the default cap of all attempts together. It may be zero or less.
     """
-    cap = record.budget.get("seconds")
-    used = float(record.budget.get("used_seconds") or 0.0)
+    caps = []
+    if record.timeout is not None:
+        caps.append((record.timeout, contract.DEADLINE))
+    total = record.budget.get("seconds")
+    if total is not None:
+        typed = record.budget.get("typed", total if record.budget.get("agreed") == "typed" else None)
+        # What somebody typed is their own budget; anything else is as much as was agreed to.
+        cause = contract.BUDGET if typed == total else contract.APPROVAL_REQUIRED
+        caps.append((float(total) - float(record.budget.get("used_seconds") or 0.0), cause))
     if cap is not None:
-        left = float(cap) - used
-        cause = contract.APPROVAL_REQUIRED if record.budget.get("agreed") == "default" else contract.BUDGET
-        if record.timeout is None or left < record.timeout:
-            return left, cause
-    if record.timeout is None:
+        caps.append((float(cap["seconds"]), str(cap["cause"])))
+    if not caps:
         raise ConfigurationError("run.json has neither timeout nor budget")
-    return record.timeout, contract.DEADLINE
+    return min(caps, key=lambda cap: cap[0])

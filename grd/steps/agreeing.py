@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grd import contract
 from grd.agreement import allocation, decision, grants
 from grd.agreement.book import Book, is_allowed_headless
 from grd.agreement.decision import Decision, Facts
@@ -26,7 +27,7 @@ ASK_AGAIN = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What a person is asked: an estimate in seconds, its interval, what it is from, and the cap otherwise."""
+    """What a person is asked: an estimate (seconds) with its interval and basis, and the cap otherwise."""
 
     notebook: str
     seconds: float | None
@@ -196,6 +197,36 @@ def _how_to_grant(book: Book, wanted: Wanted) -> str:
     return f"a person types, in {wanted.place.project}: grd approve {caps}"
 
 
+def cap_of(agreed: Agreed, folder: RunFolder, attempt: int, used: float) -> dict[str, Any] | None:
+    """What the attempt may take beside what was typed, as the record keeps it; a grant's time is reserved.
+
+    Raises ApprovalRequired where another run has taken the rest of the grant meanwhile.
+    """
+    if agreed.word == decision.ALLOCATION and agreed.attempt is not None:
+        return {"seconds": agreed.attempt, "cause": contract.DEADLINE, "grant": None, "counted": True}
+    if agreed.grant is None:
+        return None
+    total = agreed.grant.per_run if agreed.total is None else agreed.total
+    seconds = total - used if agreed.attempt is None else min(total - used, agreed.attempt)
+    taken = Book().reserve(agreed.grant, folder, attempt, seconds)
+    if taken is None:
+        raise ApprovalRequired(
+            f"other runs have used up grant {agreed.grant.id} meanwhile; a person types: grd approve"
+        )
+    return {
+        "seconds": taken.seconds,
+        "cause": contract.APPROVAL_REQUIRED,
+        "grant": taken.grant,
+        "counted": taken.counted,
+    }
+
+
+def give_back(cap: Mapping[str, Any] | None, run_id: str, attempt: int) -> None:
+    """An attempt that was not started has used nothing of its grant."""
+    if cap is not None and cap["grant"] is not None:
+        Book().note_use(str(cap["grant"]), run_id, attempt, 0.0)
+
+
 def _typed(seconds: float) -> str:
     """A duration that can be typed, not shorter than ``seconds``."""
     whole = int(-(-seconds // 1))
@@ -204,9 +235,7 @@ def _typed(seconds: float) -> str:
     return f"{-(-whole // 60)}m"
 
 
-def scope_of(
-    *, run: RunFolder | None, notebook: str | None, everywhere: bool, project: Path
-) -> Scope:
+def scope_of(*, run: RunFolder | None, notebook: str | None, everywhere: bool, project: Path) -> Scope:
     """The scope of a grant as it was typed. Raises UsageError for more than one."""
     chosen = [run is not None, notebook is not None, everywhere]
     if sum(chosen) > 1:

@@ -91,17 +91,20 @@ def adoption_warnings(cell: ParametersCell) -> list[str]:
 
 @dataclass(frozen=True)
 class Limits:
+    """Caps as somebody typed them: on one attempt, and on all of them together; None if nobody did."""
+
     timeout: float | None
-    budget: dict[str, Any]
+    budget: float | None
+
+    @property
+    def were_typed(self) -> bool:
+        """Whether any was."""
+        return self.timeout is not None or self.budget is not None
 
 
-def read_limits(timeout: float | str | None, budget: float | str | None, settings: Settings) -> Limits:
-    attempt_cap = read_seconds("--timeout", timeout)
-    total_cap = read_seconds("--budget", budget)
-    if attempt_cap is None and total_cap is None:
-        # Nobody has agreed to anything: the default caps all attempts together.
-        return Limits(None, {"seconds": settings.default_timeout, "used_seconds": 0.0, "agreed": "default"})
-    return Limits(attempt_cap, {"seconds": total_cap, "used_seconds": 0.0, "agreed": "typed"})
+def read_limits(timeout: float | str | None, budget: float | str | None) -> Limits:
+    """What was typed, in seconds. Raises UsageError."""
+    return Limits(read_seconds("--timeout", timeout), read_seconds("--budget", budget))
 
 
 def read_size(flag: str, value: int | str) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import grd
 from grd import contract
+from grd.agreement.grants import Place
 from grd.errors import UsageError
 from grd.execution.launch import acquire
 from grd.files import atomic_write, write_json
@@ -21,6 +22,7 @@ from grd.runs.folder import RunFolder, new_run_id
 from grd.runs.model import Attempt, RunRecord, now_iso
 from grd.settings import Settings, find_project_root, load_settings
 from grd.steps import keys
+from grd.steps.agreeing import Agreed, Asker, Wanted, agree, cap_of, give_back
 from grd.steps.request import (
     Limits,
     Request,
@@ -54,6 +56,7 @@ def research(
     on_end: str | None = None,
     mlflow: str | bool | None = None,
     mlflow_experiment: str | None = None,
+    ask: Asker | None = None,
     wait: bool = True,
     on_start: Callable[[Run], None] | None = None,
     on_event: OnEvent | None = None,
@@ -68,9 +71,9 @@ def research(
     ``key`` makes the call idempotent: the run that was started with it is attached to, resumed, or just
     returned, whichever applies. ``on_end`` is a shell command the runner executes when the run has ended.
     ``mlflow`` sends the run to MLflow while it runs: the URI of a store, or True for the one MLflow's own
-    environment names; by default the settings decide.
-    Raises NotebookNotFound, NotebookError, ParameterError, KernelUnavailable or UsageError before anything
-    is started or written.
+    environment names; by default the settings decide. ``ask`` puts a question to whoever is there.
+    Raises NotebookNotFound, NotebookError, ParameterError, KernelUnavailable, ApprovalRequired or UsageError
+    before anything is started or written.
     """
     root = find_project_root(Path.cwd())
     typed = {
@@ -81,7 +84,7 @@ def research(
     }
     settings, _ = load_settings(root, typed)
     request = check(str(notebook), parameters or {}, kernel=kernel, allow_unknown=allow_unknown)
-    limits = read_limits(timeout, budget, settings)
+    limits = read_limits(timeout, budget)
     if mlflow is None:
         tracked = mlflow_of_settings(settings, request.warnings)
     else:
@@ -89,7 +92,20 @@ def research(
     place = runs_folder(runs_dir)
 
     def create() -> Started:
-        folder, lock = _create(request, settings, limits, place, name, checkpoint_dir, key, on_end, tracked)
+        agreed = agree(
+            Wanted(
+                place=Place(project=str(root), notebook=request.source.location),
+                timeout=limits.timeout,
+                budget=limits.budget,
+                typed_now=limits.were_typed,
+                grace=settings.grace,
+            ),
+            settings,
+            asker=ask,
+        )
+        folder, lock = _create(
+            request, settings, limits, agreed, place, name, checkpoint_dir, key, on_end, tracked
+        )
         for warning in request.warnings:
             tell(on_note, warning)
         return launch(folder, 1, lock)
@@ -177,6 +193,7 @@ def _create(
     request: Request,
     settings: Settings,
     limits: Limits,
+    agreed: Agreed,
     runs_dir: Path,
     name: str | None,
     checkpoint_dir: str | Path | None,
@@ -193,6 +210,11 @@ def _create(
     elsewhere = Path(checkpoint_dir).expanduser().resolve() if checkpoint_dir else None
     folder, staging = _reserve(runs_dir, shown_name)
     run_id = folder.run_id
+    try:
+        cap = cap_of(agreed, folder, 1, 0.0)
+    except BaseException:
+        staging.path.rmdir()
+        raise
     checkpoints = elsewhere or folder.checkpoints
     record = RunRecord(
         run_id=run_id,
@@ -208,7 +230,7 @@ def _create(
         checkpoint_dir=str(checkpoints),
         created_at=now_iso(),
         timeout=limits.timeout,
-        budget=dict(limits.budget),
+        budget={**agreed.budget(0.0), "typed": limits.budget},
         grace=settings.grace,
         max_output=settings.max_output,
         start_timeout=settings.start_timeout,
@@ -227,6 +249,7 @@ def _create(
                 number=1,
                 lineage=1,
                 resume=False,
+                cap=cap,
                 parameters=dict(request.parameters),
                 notebook_sha256=request.source.sha256,
             )
@@ -247,5 +270,6 @@ def _create(
             raise
     except OSError as error:
         shutil.rmtree(staging.path, ignore_errors=True)
+        give_back(cap, run_id, 1)
         raise UsageError(f"no run folder can be made in {runs_dir}: {error.strerror or error}") from None
     return folder, lock

@@ -12,6 +12,8 @@ from typing import Any
 
 import grd
 from grd import contract
+from grd.agreement import decision
+from grd.agreement.grants import Place
 from grd.errors import (
     ApprovalRequired,
     NotebookError,
@@ -29,7 +31,8 @@ from grd.runs import recovery, reserve, store
 from grd.runs.folder import RunFolder
 from grd.runs.liveness import needs_recovery
 from grd.runs.model import Attempt, RunRecord, seconds_left
-from grd.settings import format_duration
+from grd.settings import find_project_root, format_duration, load_settings
+from grd.steps.agreeing import Agreed, Asker, Wanted, agree, cap_of, give_back
 from grd.steps.request import (
     adoption_warnings,
     check_language,
@@ -59,6 +62,7 @@ def resume(
     mlflow: str | bool | None = None,
     mlflow_experiment: str | None = None,
     now: bool = False,
+    ask: Asker | None = None,
     wait: bool = True,
     on_start: Callable[[Run], None] | None = None,
     on_event: OnEvent | None = None,
@@ -86,6 +90,7 @@ def resume(
         mlflow=mlflow,
         mlflow_experiment=mlflow_experiment,
         now=now,
+        ask=ask,
         on_note=on_note,
     )
     return see_to_end(started, wait, on_start, on_event, on_note)
@@ -106,6 +111,7 @@ def resume_folder(
     mlflow: str | bool | None = None,
     mlflow_experiment: str | None = None,
     now: bool = False,
+    ask: Asker | None = None,
     on_note: OnNote | None,
 ) -> Started:
     """`resume` of the run in ``folder``, started and not waited for."""
@@ -114,6 +120,7 @@ def resume_folder(
     if record.state in (contract.RUNNING, contract.QUEUED):
         raise RunBusy(f"{record.run_id} is {record.state}; see: grd status {record.run_id}")
     lock = acquire(folder)
+    cap, number = None, 0
     try:
         record = store.load(folder)
         if record.state in (contract.RUNNING, contract.QUEUED):
@@ -122,15 +129,21 @@ def resume_folder(
             folder, record, parameters, notebook, from_epoch, allow_unknown=allow_unknown
         )
         _apply_limits(record, changes, timeout, budget, grace)
+        agreed = _agree(folder, record, timeout is not None or budget is not None, ask)
+        used = float(record.budget.get("used_seconds") or 0.0)
+        record.budget = {**agreed.budget(used), "typed": record.budget.get("typed")}
         if start_timeout is not None:
             record.start_timeout = read_seconds("--start-timeout", start_timeout) or record.start_timeout
         if max_output is not None:
             record.max_output = read_size("--max-output", max_output)
         _apply_mlflow(record, mlflow, mlflow_experiment)
-        _check_resumable(record, changes)
+        number = record.attempt + 1
+        cap = cap_of(agreed, folder, number, used)
+        _check_resumable(record, changes, cap)
         edited = changes.pop("text", None)
         attempt = Attempt(
-            number=record.attempt + 1,
+            number=number,
+            cap=cap,
             lineage=record.lineage + (1 if from_epoch is not None else 0),
             resume=True,
             parameters=dict(record.parameters),
@@ -151,6 +164,7 @@ def resume_folder(
         _point_out_changed_original(record, edited is not None, on_note)
         store.save(folder, record)
     except BaseException as error:
+        give_back(cap, folder.run_id, number)
         reserve.give_back(folder)
         os.close(lock)
         if isinstance(error, OSError):
@@ -247,13 +261,28 @@ def _apply_limits(
     if attempt_cap is not None:
         changes["timeout"] = {"from": record.timeout, "to": attempt_cap}
         record.timeout = attempt_cap
-        if record.budget.get("agreed") == "default":
-            record.budget = {**record.budget, "seconds": None, "agreed": "typed"}
     if total_cap is not None:
         changes["budget"] = {"from": record.budget.get("seconds"), "to": total_cap}
-        record.budget = {**record.budget, "seconds": total_cap, "agreed": "typed"}
+        record.budget = {**record.budget, "typed": total_cap}
     if grace_seconds is not None:
         record.grace = grace_seconds
+
+
+def _agree(folder: RunFolder, record: RunRecord, typed_now: bool, ask: Asker | None) -> Agreed:
+    budget = record.budget
+    typed = budget.get("typed", budget.get("seconds") if budget.get("agreed") == "typed" else None)
+    root = find_project_root(Path(record.working_dir))
+    settings, _ = load_settings(root)
+    wanted = Wanted(
+        place=Place(project=str(root), notebook=record.notebook, run_id=folder.run_id),
+        timeout=record.timeout,
+        budget=typed,
+        typed_now=typed_now,
+        grace=record.grace,
+        used=float(budget.get("used_seconds") or 0.0),
+        agreed_before=str(budget.get("agreed") or decision.DEFAULT),
+    )
+    return agree(wanted, settings, asker=ask)
 
 
 def _apply_mlflow(record: RunRecord, mlflow: str | bool | None, experiment: str | None) -> None:
@@ -269,19 +298,19 @@ def _apply_mlflow(record: RunRecord, mlflow: str | bool | None, experiment: str 
     record.mlflow = read_mlflow(mlflow, experiment or before.get("experiment"), interval)
 
 
-def _check_resumable(record: RunRecord, changes: Mapping[str, Any]) -> None:
+def _check_resumable(record: RunRecord, changes: Mapping[str, Any], cap: dict[str, Any] | None) -> None:
     worth = set(changes) & {"notebook", "parameters", "from_epoch"}
     if record.state == contract.COMPLETED and not worth:
         raise ResumeError(
             f"{record.run_id} is completed and nothing changed; see: grd result {record.run_id} "
             "(or give --notebook, -p or --from)"
         )
-    left, cause = seconds_left(record)
+    left, cause = seconds_left(record, cap)
     if left <= 0:
-        cap = format_duration(float(record.budget["seconds"]))
+        agreed = format_duration(float(record.budget.get("seconds") or 0.0))
         flag = "--timeout 1h" if cause == contract.APPROVAL_REQUIRED else f"--budget {_more(record)}"
         raise ApprovalRequired(
-            f"the {cap} for all attempts of {record.run_id} are used up; "
+            f"the {agreed} for all attempts of {record.run_id} are used up; "
             f"agree to more: grd resume {record.run_id} {flag}"
         )
 

@@ -182,8 +182,9 @@ class Lane:
     @classmethod
     def make(cls, path: Path, runs_dir: Path | None = None) -> Lane:
         (path / "project" / ".planning").mkdir(parents=True)
-        for name in ("printed", "commands"):
+        for name in ("printed", "commands", "config", "config/grd"):
             (path / name).mkdir()
+        (path / "config/grd/config.toml").write_text("[approval]\nallow_noninteractive = true\n")
         environment = {k: v for k, v in os.environ.items() if not k.startswith("GRD_")}
         environment |= {
             "GRD_STATE_DIR": str(path.parent / "state"),  # shared, as by the projects of a user

@@ -13,6 +13,7 @@ from grd.errors import GrdError, NotFoundError, UsageError
 from grd.execution.parameters import RawText
 from grd.interfaces.cli import exit_codes
 from grd.interfaces.cli.answer import Answer, AnsweringCommand, surface
+from grd.interfaces.cli.asking import ask
 from grd.interfaces.cli.completion import complete_notebooks, run_argument
 from grd.interfaces.cli.rendering import ProgressPrinter, describe_end
 from grd.interfaces.run_table import RunTable
@@ -179,6 +180,7 @@ def research(
         budget=budget,
         mlflow=mlflow,
         mlflow_experiment=mlflow_experiment,
+        ask=ask,
         name=name,
         kernel=kernel,
         checkpoint_dir=checkpoint_dir,
@@ -269,6 +271,7 @@ def resume(
             runs_dir=runs_dir,
             allow_unknown=allow_unknown,
             now=now,
+            ask=ask,
             wait=waits,
             on_start=lambda started: _announce(started, printer, quiet, waits),
             on_event=on_event,

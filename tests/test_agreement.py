@@ -1,0 +1,284 @@
+"""Agreeing to long runs as typed: by a person at a real terminal, and by commands that nobody sits at."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import LIMIT_SECONDS, Finished, Project, cannot_be_had, wait_until
+from test_research import PARAMETERS, TRAIN
+
+WAITS = """
+import pathlib, time
+from grd.experiment import training
+for epoch in training.epochs(1000, state={}, checkpoint_dir=checkpoint_dir, resume=resume):
+    for _ in epoch.steps(range(10)):
+        time.sleep(0.05)
+"""
+
+
+@pytest.fixture
+def strict(project: Project) -> Project:
+    """A project whose user has not allowed headless commands to agree."""
+    Path(project.environment["XDG_CONFIG_HOME"], "grd", "config.toml").unlink()
+    project.notebook("train.ipynb", TRAIN, parameters=PARAMETERS)
+    project.notebook("waits.ipynb", WAITS, parameters=PARAMETERS)
+    return project
+
+
+def at_terminal(project: Project, *arguments: str, typed: str = "") -> Finished:
+    """Run ``grd ARGUMENTS`` with a terminal for input and messages, and type into it."""
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "grd", *arguments],
+        cwd=project.path,
+        env=project.environment | {"TERM": "dumb"},
+        stdin=follower,
+        stdout=subprocess.PIPE,
+        stderr=follower,
+        start_new_session=True,
+        text=True,
+    )
+    os.close(follower)
+    said = bytearray()
+    os.write(leader, typed.encode())
+
+    def drain() -> None:
+        with contextlib.suppress(OSError):  # EIO: nobody has the other end any more
+            while True:
+                said.extend(os.read(leader, 4096))
+
+    import threading
+
+    reader = threading.Thread(target=drain, daemon=True)
+    reader.start()
+    out, _ = process.communicate(timeout=LIMIT_SECONDS)
+    reader.join(10)
+    os.close(leader)
+    return Finished(process.returncode, out, said.decode(errors="replace"))
+
+
+def grant(project: Project, *options: str) -> dict[str, Any]:
+    done = at_terminal(project, "approve", *options, "--json")
+    assert done.code == 0, done.err
+    return dict(done.json["grant"])
+
+
+def log(project: Project) -> list[dict[str, Any]]:
+    path = Path(project.environment["GRD_STATE_DIR"], "approvals.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.mark.parametrize("flag", ["--timeout", "--budget"])
+def test_headless_more_than_the_threshold_is_refused_with_the_command_that_grants_it(
+    strict: Project, flag: str
+) -> None:
+    refused = strict.grd("research", "train.ipynb", flag, "3h")
+    assert refused.code == 77
+    assert len(refused.err.strip().splitlines()) == 1
+    assert "grd approve --max 3h --total 4h" in refused.err
+    assert str(strict.path) in refused.err
+    assert strict.run_folders() == []
+    assert strict.grd("research", "train.ipynb", flag, "9m").code == 0
+
+
+def test_the_command_that_is_named_grants_it(strict: Project) -> None:
+    refused = strict.grd("research", "train.ipynb", "--timeout", "3h")
+    command = refused.err.strip().split("grd approve", 1)[1].split()
+    granted = grant(strict, *command)
+    assert (granted["state"], granted["per_run_seconds"], granted["total_seconds"]) == ("valid", 10800, 14400)
+    assert granted["by"]["how"] == "terminal"
+    done = strict.grd("research", "train.ipynb", "--timeout", "3h", "--json")
+    assert done.code == 0, done.err
+    assert (done.json["budget"]["agreed"], done.json["budget"]["grant"]) == ("grant", granted["id"])
+    used = strict.grd("approvals", "--json").json["grants"][0]
+    assert 0 < used["used_seconds"] == pytest.approx(done.json["budget"]["used_seconds"], abs=0.01)
+    assert [entry["kind"] for entry in log(strict)] == ["granted", "reserved", "used"]
+
+
+def test_only_a_person_grants_unless_the_users_own_file_allows_it(strict: Project) -> None:
+    refused = strict.grd("approve")
+    assert refused.code == 77
+    assert "allow_noninteractive" in refused.err
+    (strict.path / "grd.toml").write_text("[approval]\nallow_noninteractive = true\n")
+    assert strict.grd("approve").code == 77, "a project's own file must not allow it"
+    assert log(strict) == []
+    user = Path(strict.environment["XDG_CONFIG_HOME"], "grd", "config.toml")
+    user.write_text("[approval]\nallow_noninteractive = true\n")
+    allowed = strict.grd("approve", "--total", "1h", "--json")
+    assert allowed.code == 0, allowed.err
+    assert allowed.json["grant"]["by"]["how"] == "config"
+
+
+def test_what_a_person_types_at_a_terminal_is_the_agreement_and_is_written_down(strict: Project) -> None:
+    done = at_terminal(strict, "research", "train.ipynb", "--timeout", "3h", "--json")
+    assert done.code == 0, done.err
+    assert done.json["budget"]["agreed"] == "typed"
+    assert done.json["timeout"] == 10800
+    (entry,) = log(strict)
+    assert (entry["kind"], entry["timeout"], entry["by"]["how"]) == ("typed", 10800, "terminal")
+    assert entry["by"]["tty"].startswith("/dev/")
+    assert entry["place"]["notebook"].endswith("train.ipynb")
+
+
+def test_a_terminal_that_says_that_nobody_is_there_is_none(strict: Project) -> None:
+    strict.environment["GRD_NONINTERACTIVE"] = "1"
+    assert at_terminal(strict, "research", "train.ipynb", "--timeout", "3h").code == 77
+    assert at_terminal(strict, "approve").code == 77
+
+
+def test_a_run_is_cut_at_its_grants_cap_and_says_what_to_type(strict: Project) -> None:
+    grant(strict, "--max", "25s", "--total", "1h")
+    cut = strict.grd("research", "waits.ipynb", "--grace", "20s", "--json")
+    assert cut.code == 75, cut.err
+    assert cut.json["cause"] == "approval_required"
+    assert cut.json["checkpoint"] is not None
+    assert 25 <= cut.json["budget"]["used_seconds"] < 60
+
+
+def test_the_total_of_a_grant_holds_for_runs_at_once(strict: Project) -> None:
+    (strict.path / "grd.toml").write_text('default_timeout = "9s"\n')  # what the third one gets
+    given = grant(strict, "--max", "8s", "--total", "12s")
+    started = [strict.start("research", "waits.ipynb", "--grace", "20s", "--json") for _ in range(3)]
+    ended = [strict.finish(process) for process in started]
+    caps = sorted(
+        done.json["attempts"][0]["cap"]["seconds"]
+        for done in ended
+        if done.code == 75 and done.json["attempts"][0]["cap"]
+    )
+    assert len(caps) == 2, [done.err for done in ended]
+    assert sum(caps) <= 12
+    refused = [done for done in ended if done.code == 77]
+    assert len(refused) + len([d for d in ended if d.code == 75]) == 3
+    shown = strict.grd("approvals", "--json").json["grants"]
+    assert [row["id"] for row in shown] == [given["id"]]
+
+
+def test_revoking_stops_a_run_gracefully_in_its_midst(strict: Project) -> None:
+    given = grant(strict, "--total", "2h")
+    process = strict.start("research", "waits.ipynb", "--timeout", "1h", "--json")
+    strict.wait_for_event("progress", name="epochs")
+    began = time.monotonic()
+    revoked = strict.grd("revoke", given["id"])
+    assert revoked.code == 0, revoked.err
+    ended = strict.finish(process)
+    assert ended.code == 75, ended.err
+    assert (ended.json["state"], ended.json["cause"]) == ("interrupted", "revoked")
+    assert ended.json["checkpoint"] is not None
+    assert time.monotonic() - began < 60
+    assert strict.grd("approvals", "--json").json["grants"][0]["state"] == "revoked"
+    again = strict.grd("resume", "last")
+    assert again.code == 77
+    assert "grd approve" in again.err
+
+
+def test_a_killed_runner_has_used_its_time_all_the_same(strict: Project) -> None:
+    grant(strict, "--total", "2h")
+    process = strict.start("research", "waits.ipynb", "--timeout", "1h")
+    strict.wait_for_event("progress", name="epochs")
+    os.kill(strict.record()["runner"]["pid"], signal.SIGKILL)
+    strict.finish(process)
+    wait_until(lambda: not strict.processes(), "the kernel's end")
+    row = strict.grd("approvals", "--json").json["grants"][0]
+    assert 0 < row["used_seconds"] < 600
+    assert [entry["kind"] for entry in log(strict)] == ["granted", "reserved", "used"]
+
+
+def test_an_edited_log_gives_nobody_anything_and_a_person_begins_a_new_one(strict: Project) -> None:
+    grant(strict, "--total", "1h")
+    path = Path(strict.environment["GRD_STATE_DIR"], "approvals.jsonl")
+    path.write_text(path.read_text().replace("3600.0", "36000.0"))
+    verified = strict.grd("approvals", "--verify")
+    assert verified.code == 1
+    assert "edited at entry 1" in verified.out
+    refused = strict.grd("research", "train.ipynb", "--timeout", "30m")
+    assert refused.code == 77
+    assert "grd approvals --verify" in refused.err
+    anew = at_terminal(strict, "approve", "--total", "1h")
+    assert anew.code == 0, anew.err
+    assert "new log" in anew.err
+    assert strict.grd("approvals", "--verify").code == 0
+    assert strict.grd("research", "train.ipynb", "--timeout", "30m").code == 0
+    assert len(list(path.parent.glob("approvals.damaged-*.jsonl"))) == 1
+
+
+def test_in_a_slurm_job_the_run_ends_before_the_job_does(strict: Project) -> None:
+    end = int(time.time()) + 60 + 12 + 10
+    job = {"SLURM_JOB_ID": "77", "SLURM_JOB_END_TIME": str(end)}
+    cut = strict.finish(
+        strict.start("research", "waits.ipynb", "--grace", "10s", "--timeout", "3h", "--json", env=job)
+    )
+    assert cut.code == 75, cut.err
+    assert (cut.json["cause"], cut.json["budget"]["agreed"]) == ("deadline", "allocation")
+    assert time.time() < end - 30
+    too_late = strict.grd(
+        "research",
+        "waits.ipynb",
+        env={"SLURM_JOB_ID": "78", "SLURM_JOB_END_TIME": str(int(time.time()) + 60)},
+    )
+    assert too_late.code == 77
+
+
+def test_a_state_folder_that_is_mounted_read_only_sees_and_uses_grants(strict: Project) -> None:
+    given = grant(strict, "--total", "2h")
+    state = strict.environment["GRD_STATE_DIR"]
+    inside = (
+        f"mount --bind '{state}' '{state}' && mount -o remount,bind,ro '{state}' && "
+        f"exec '{sys.executable}' -m grd research train.ipynb --timeout 1h --json"
+    )
+    try:
+        done = subprocess.run(
+            ["unshare", "--mount", "sh", "-c", inside],
+            cwd=strict.path,
+            env=strict.environment,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_SECONDS,
+        )
+    except FileNotFoundError:
+        cannot_be_had("no mount namespace can be made here")
+    if "unshare:" in done.stderr or "mount:" in done.stderr:
+        cannot_be_had(f"no mount namespace can be made here: {done.stderr}")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["budget"]["grant"] == given["id"]
+    assert record["attempts"][0]["cap"]["counted"] is False
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--total", "nan"), ("--total", "inf"), ("--total", "-1h"), ("--total", "0"), ("--max", "0s"),
+        ("--until", "25:00"), ("--until", "40d"), ("--until", "yesterday"), ("--everywhere", "--run", "last"),
+        ("missing.ipynb",), ("--run", "nosuch"),
+    ],
+)  # fmt: skip
+def test_a_grant_that_makes_no_sense_is_one_line_and_nothing_is_written(
+    strict: Project, options: tuple[str, ...]
+) -> None:
+    refused = at_terminal(strict, "approve", *options)
+    assert refused.code in (2, 66), refused.err
+    assert "Traceback" not in refused.err
+    assert log(strict) == []
+
+
+def test_revoke_and_approvals_name_what_is_not_there(strict: Project) -> None:
+    assert strict.grd("revoke", "nosuch").code == 66
+    assert strict.grd("revoke").code == 2
+    assert "no grant is valid" in strict.grd("revoke", "--all").out
+    assert "grd approve" in strict.grd("approvals").out
+    assert strict.grd("approvals", "--verify").code == 0
+    given = grant(strict, "--total", "1h", "--reason", "nightly")
+    shown = strict.grd("approvals").out
+    assert f"grd revoke {given['id']}" in shown
+    assert "granted" in strict.grd("approvals", "--log").out
+    assert strict.grd("revoke", "--all", "--json").json["grants"][0]["state"] == "revoked"
