@@ -83,10 +83,12 @@ class Kernel:
 
     def __init__(self, manager: Any, client: Any) -> None:
         self.manager, self.client = manager, client
+        self.is_attended = False
+        """Whether its front end says that somebody can answer, as JupyterLab does."""
 
     def send(self, code: str) -> str:
         """Type a cell without waiting for it."""
-        message: str = self.client.execute(code, allow_stdin=False)
+        message: str = self.client.execute(code, allow_stdin=self.is_attended)
         return message
 
     def reply_to(self, message: str) -> Reply:
@@ -357,8 +359,8 @@ def test_commands_options_and_notebooks_are_completed(shell: InteractiveShell, p
     project.notebook("train.ipynb", "1")
     project.notebook("deep/nested.ipynb", "1")
     (project.path / "train.txt").touch()
-    assert completions(shell, "%grd re") == ["research", "resume", "result", "recover"]
-    assert completions(shell, "x = %grd re") == ["research", "resume", "result", "recover"]
+    assert completions(shell, "%grd re") == ["research", "resume", "result", "revoke", "recover"]
+    assert completions(shell, "x = %grd re") == ["research", "resume", "result", "revoke", "recover"]
     assert completions(shell, "%grd help res") == ["research", "resume", "result"]
     assert completions(shell, "%grd config s") == ["show"]
     assert completions(shell, "%grd research tr") == ["train.ipynb"]
@@ -436,7 +438,7 @@ def test_loading_twice_and_unloading_leave_nothing_behind(shell: InteractiveShel
     grd.load_ipython_extension(shell)
     assert shell.find_line_magic("grd") is first
     shell.run_line_magic("reload_ext", "grd")
-    assert completions(shell, "%grd re") == ["research", "resume", "result", "recover"]
+    assert completions(shell, "%grd re") == ["research", "resume", "result", "revoke", "recover"]
     shell.run_line_magic("unload_ext", "grd")
     assert shell.find_line_magic("grd") is None
     assert "research" not in completions(shell, "%grd re") + completions(shell, "x = %grd re")
