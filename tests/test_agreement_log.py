@@ -207,6 +207,10 @@ def test_scopes_cover_what_they_name_and_the_narrowest_is_used(tmp_path: Path) -
     assert used(replace(HERE, run_id="r2")) == notebook.id
     assert used(Place(project="/work/digits", notebook="/work/digits/other.ipynb")) == project.id
     assert used(Place(project="/workshop", notebook="/workshop/a.ipynb")) == everywhere.id
+    more = give(mine, Scope(kind="everywhere"), per_run=200.0)
+    wanting = mine.find(HERE, wanted=150.0)
+    assert wanting is not None
+    assert wanting[0].id == more.id, "a wider grant that gives enough before a narrower one that does not"
 
 
 def test_what_is_reserved_cannot_be_reserved_again_and_use_replaces_it(tmp_path: Path) -> None:
@@ -311,6 +315,7 @@ def test_in_a_schedulers_job_the_allocation_is_the_agreement() -> None:
     found = decide(job)
     assert (found.action, found.agreed, found.attempt, found.total) == ("start", "allocation", 3910.0, None)
     assert decide(replace(job, timeout=100.0, typed_now=True)).attempt == 100.0
+    assert decide(replace(job, timeout=9e4, typed_now=True, person=True)).attempt == 3910.0
     assert decide(replace(job, allocation=80.0)).action == "refuse"
     unknown = decide(replace(job, allocation=None))
     assert (unknown.agreed, unknown.total) == ("default", 600.0)

@@ -91,13 +91,18 @@ class Book:
         self.log.append(grants.REVOKED, grant=found[0].id, by=by)
         return self.ledger()[0].grants[found[0].id]
 
-    def find(self, place: Place, used_by_run: float = 0.0) -> tuple[Grant, Ledger, Moment] | None:
-        """The grant that a run at ``place`` would use: of those with time for it the narrowest."""
+    def find(
+        self, place: Place, used_by_run: float = 0.0, wanted: float | None = None
+    ) -> tuple[Grant, Ledger, Moment] | None:
+        """The grant that a run at ``place`` would use: of those that give ``wanted`` seconds the narrowest."""
         self.settle()
         ledger, _ = self.ledger()
         moment = now()
         fitting = ledger.covering(place, moment)
         best = [grant for grant in fitting if grant.per_run > used_by_run]
+        best.sort(
+            key=lambda grant: wanted is not None and grant.per_run < wanted
+        )  # keeps the order otherwise
         return (best[0], ledger, moment) if best else None
 
     def reserve(self, grant: Grant, run: RunFolder, attempt: int, seconds: float) -> Reservation | None:

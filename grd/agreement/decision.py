@@ -63,10 +63,10 @@ def decide(facts: Facts) -> Decision:
     """Whether it starts, with which caps, or a person is asked, or it is refused."""
     wanted = _largest(facts.timeout, facts.budget)
     is_long = wanted is not None and wanted > facts.threshold
-    if facts.person and facts.typed_now:
-        return Decision(action=START, agreed=TYPED, total=facts.budget, attempt=facts.timeout)
     if facts.in_job:
         return _of_job(facts)
+    if facts.person and facts.typed_now:
+        return Decision(action=START, agreed=TYPED, total=facts.budget, attempt=facts.timeout)
     if facts.agreed_before == TYPED and not facts.typed_now:
         return _goes_on_as_typed(facts)
     if facts.granted is not None and facts.granted_left is not None:

@@ -120,7 +120,8 @@ def agree(
 
 
 def _grant_for(book: Book, wanted: Wanted) -> tuple[Grant | None, float | None, float | None]:
-    found = book.find(wanted.place, wanted.used)
+    longest = max((cap for cap in (wanted.timeout, wanted.budget) if cap is not None), default=None)
+    found = book.find(wanted.place, wanted.used, longest)
     if found is None:
         return None, None, None
     grant, ledger, moment = found
