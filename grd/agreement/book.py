@@ -94,7 +94,7 @@ class Book:
     def find(
         self, place: Place, used_by_run: float = 0.0, wanted: float | None = None
     ) -> tuple[Grant, Ledger, Moment] | None:
-        """The grant that a run at ``place`` would use: the narrowest of those that give ``wanted`` seconds."""
+        """The grant for a run at ``place``: the narrowest of those that give it ``wanted`` seconds."""
         self.settle()
         ledger, _ = self.ledger()
         moment = now()
