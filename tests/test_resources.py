@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from conftest import Project, wait_until
 
+import grd
 from grd.hardware.monitor import GPUStats
 from grd.runs import resource_samples
 from grd.tracking import cgroup_use, gpu_use, sampler
@@ -188,6 +189,20 @@ def test_samples_are_live_and_a_killed_runner_loses_one_at_most(project: Project
     assert first["seconds"] < 10.0
 
 
+def test_where_nothing_can_be_sampled_the_record_says_null(project: Project, tmp_path: Path) -> None:
+    """As on a system without /proc: every Python of the run is told that it lies elsewhere."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "from grd.tracking import tree_walk\ntree_walk.PROC = '/nowhere'"
+    )
+    paths = [str(tmp_path), str(Path(grd.__file__).parents[1])]
+    project.environment["PYTHONPATH"] = os.pathsep.join(paths)
+    project.notebook("run.ipynb", "print('here')")
+    done = project.grd("research", "run.ipynb", "--json")
+    assert (done.code, done.json["attempts"][0]["resources"]) == (0, None), done.err
+    assert not (project.only_run() / "attempts" / "1" / "resources.jsonl").exists()
+    assert "resources" not in project.grd("status", "last").out
+
+
 def test_a_look_that_hangs_in_a_driver_does_not_hold_up_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,7 +222,8 @@ def test_a_look_that_hangs_in_a_driver_does_not_hold_up_the_run(
     assert reached.wait(60)
     sampling.watch({})
     sampling.close()
-    assert not opened.is_set() and sampling.summary()["peak_memory_bytes"] > MB
+    found = sampling.summary()
+    assert not opened.is_set() and found is not None and found["peak_memory_bytes"] > MB
     opened.set()
 
 
