@@ -438,9 +438,11 @@ def test_loading_twice_and_unloading_leave_nothing_behind(shell: InteractiveShel
     grd.load_ipython_extension(shell)
     assert shell.find_line_magic("grd") is first
     shell.run_line_magic("reload_ext", "grd")
+    assert [type(each).__name__ for each in shell.input_transformers_cleanup].count("AwaitingCells") == 1
     assert completions(shell, "%grd re") == ["research", "resume", "result", "recover"]
     shell.run_line_magic("unload_ext", "grd")
-    assert shell.find_line_magic("grd") is None
+    assert shell.find_line_magic("grd") is None and shell.find_cell_magic("grd") is None
+    assert "AwaitingCells" not in [type(each).__name__ for each in shell.input_transformers_cleanup]
     assert "research" not in completions(shell, "%grd re") + completions(shell, "x = %grd re")
     grd.unload_ipython_extension(shell)
     shell.run_line_magic("load_ext", "grd")
