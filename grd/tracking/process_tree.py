@@ -132,7 +132,7 @@ def _shared_out_by_psutil(pids: tuple[int, ...]) -> int | None:
 
 
 def _waited_seconds(pid: int, times: Any) -> float:
-    """Of children that have ended; where psutil tells nothing of them (macOS) it is known of this process's."""
+    """Of ended children: psutil does not tell on macOS, where it is known of this process's alone."""
     if pid == os.getpid():
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         return used.ru_utime + used.ru_stime
