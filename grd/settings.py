@@ -79,6 +79,37 @@ def parse_size(text: str | int) -> int:
     return size
 
 
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:.+")
+_URI_WITH_PASSWORD = re.compile(r"[^:]+://[^/@]*:[^/@]*@")
+_SWITCHES = {"on": "on", "true": "on", "1": "on", "yes": "on"} | {
+    "off": "off", "false": "off", "0": "off", "no": "off"
+}  # fmt: skip
+
+
+def parse_mlflow(value: str | bool) -> str:
+    """``on`` (the store is the one MLflow's own environment names), ``off``, or the URI of a store.
+
+    Raises ValueError for what is none, and for a URI with a password: it would be written into the record.
+    """
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    text = value.strip()
+    if text.lower() in _SWITCHES:
+        return _SWITCHES[text.lower()]
+    if text.startswith("databricks"):
+        return text
+    if not _URI.fullmatch(text):
+        raise ValueError(
+            f"{value!r} is no URI; write on, off, http://HOST:PORT or sqlite:////FOLDER/mlflow.db"
+        )
+    if _URI_WITH_PASSWORD.match(text):
+        raise ValueError(
+            "a URI with a password would be stored with the run; put it into MLFLOW_TRACKING_URI (or name "
+            "and password into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD), and write: on"
+        )
+    return text
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """All settings, in seconds and bytes."""
@@ -99,6 +130,12 @@ class Settings:
     """Output that a run's notebook keeps: the first half of it and the last, and a note between them."""
     max_lost_work: float = 300.0
     """Training time at risk between two checkpoints, where steps are visible."""
+    mlflow: str = "off"
+    """Send runs to MLflow: on (where its environment says), off, or the URI of a store."""
+    mlflow_experiment: str = ""
+    """MLflow's experiment; by default the notebook's name."""
+    mlflow_interval: float = 10.0
+    """Time between two samples in MLflow of what a run uses."""
 
 
 _PARSERS: dict[str, Any] = {
@@ -108,6 +145,8 @@ _PARSERS: dict[str, Any] = {
     "checkpoint_budget": parse_size,
     "max_output": parse_size,
     "max_lost_work": parse_duration,
+    "mlflow": parse_mlflow,
+    "mlflow_interval": parse_duration,
 }
 
 

@@ -38,6 +38,14 @@ def wait_until(
         time.sleep(pause)
 
 
+def has_ended(process: psutil.Process) -> bool:
+    """Whether it is gone, or a zombie that nobody has waited for."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # between the two looks
+        return True
+
+
 def cannot_be_had(what: str) -> NoReturn:
     """Skip a test whose fault this machine cannot have; a failure where GRD_REQUIRE_FAULTS=1 demands it."""
     if os.environ.get("GRD_REQUIRE_FAULTS") == "1":

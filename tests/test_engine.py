@@ -12,7 +12,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
-from conftest import LIMIT_SECONDS, wait_until, write_notebook
+from conftest import LIMIT_SECONDS, has_ended, wait_until, write_notebook
 
 SLOW = "import time\nfor i in range(3000):\n    print('tick', i, flush=True)\n    time.sleep(0.05)"
 
@@ -87,9 +87,7 @@ def test_sigterm_saves_the_output_of_the_running_cell_and_leaves_no_kernel(tmp_p
     assert "interrupted (sigterm)" in said
     assert "tick 3" in text(tmp_path / "out.ipynb")
     assert statuses(tmp_path / "out.ipynb") == ["interrupted", "pending"]
-    wait_until(
-        lambda: not any(k.is_running() and k.status() != "zombie" for k in kernels), "the kernel's end"
-    )
+    wait_until(lambda: all(has_ended(k) for k in kernels), "the kernel's end")
     assert not journal.exists()
 
 

@@ -32,6 +32,7 @@ from grd.runs.liveness import HEARTBEAT_SECONDS
 from grd.runs.model import now_iso, seconds_left
 from grd.runs.processes import identity, reap
 from grd.runs.recovery import resume_command
+from grd.tracking.mlflow import follower
 from grd.tracking.sampler import ResourceSampler
 
 STORING_SECONDS = 1.0
@@ -58,6 +59,7 @@ class Runner:
         self._saving = threading.Lock()
         self._beating = threading.Event()
         self._hardware: threading.Thread | None = None
+        self._mlflow: subprocess.Popen[bytes] | None = None
         self._resources = ResourceSampler(
             self.paths.resources,
             lambda message: self.events.write(contract.EVENT_WARNING, message=message),
@@ -122,6 +124,8 @@ class Runner:
         self._hardware = threading.Thread(target=self._describe_hardware, name="grd-hardware", daemon=True)
         self._hardware.start()
         self._resources.start()
+        if record.mlflow is not None:
+            self._mlflow = follower.start(self.folder, record)
         self._tell_state_page()
 
     def _tell_state_page(self) -> None:

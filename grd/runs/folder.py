@@ -64,6 +64,16 @@ class RunFolder:
         return self.path / "hardware.json"
 
     @property
+    def mlflow(self) -> Path:
+        """mlflow.json: how far the run is in MLflow; absent where it is not sent there."""
+        return self.path / "mlflow.json"
+
+    @property
+    def mlflow_lock(self) -> Path:
+        """Held by whoever sends the run to MLflow."""
+        return self.path / "mlflow.lock"
+
+    @property
     def lock(self) -> Path:
         """runner.lock, flocked by the runner for its whole life."""
         return self.path / "runner.lock"
@@ -147,6 +157,11 @@ class AttemptFolder:
     def on_end_log(self) -> Path:
         """stdout and stderr of the command that ``--on-end`` named."""
         return self.path / "on_end.log"
+
+    @property
+    def mlflow_log(self) -> Path:
+        """stdout and stderr of the process that sends the attempt to MLflow."""
+        return self.path / "mlflow.log"
 
     @property
     def log(self) -> Path:

@@ -69,6 +69,8 @@ class RunRecord:
     notebook: str
     notebook_sha256: str
     parameters: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """The notebook's own values of the parameters it declares, where they are literals of JSON."""
     working_dir: str
     checkpoint_dir: str
     declared: list[str] = field(default_factory=list)
@@ -94,6 +96,8 @@ class RunRecord:
     metrics: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     resume_command: str | None = None
+    mlflow: dict[str, Any] | None = None
+    """Where it is sent: uri (None: what MLflow's environment says), experiment, interval (s); or None."""
     key: str | None = None
     """What made the start idempotent, or None."""
     on_end: str | None = None

@@ -9,6 +9,8 @@ from typing import Any
 from grd.files import read_json_lines
 
 TAIL_BYTES = 65536
+NOW_ONLY = ("t", "gpu_now", "host")
+"""What a sample says of its moment, and not of the attempt so far."""
 
 
 def newest(path: Path) -> dict[str, Any] | None:
@@ -26,6 +28,4 @@ def of_lost_attempt(path: Path) -> dict[str, Any] | None:
     found = newest(path)
     if found is None:
         return None
-    return {name: value for name, value in found.items() if name not in ("t", "gpu_now")} | {
-        "complete": False
-    }
+    return {name: value for name, value in found.items() if name not in NOW_ONLY} | {"complete": False}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from grd import contract
-from grd.errors import ParameterError, UsageError
+from grd.errors import ParameterError, ResourceUnavailable, UsageError
 from grd.execution.notebooks import Kernel, Source, find_kernel, read_notebook
 from grd.execution.parameters import ParametersCell, read_parameters_cell, resolve
-from grd.settings import Settings, parse_duration, parse_size
+from grd.settings import Settings, parse_duration, parse_mlflow, parse_size
+from grd.tracking.mlflow import choice
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,11 @@ class Request:
     def declared(self) -> list[str]:
         """Which of the injected names the notebook declares."""
         return [name for name in contract.INJECTED_PARAMETERS if self.cell.declares(name)]
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What the notebook's own parameters are where nobody gives them."""
+        return defaults_of(self.cell)
 
 
 def check(
@@ -54,6 +63,17 @@ def check_language(kernel: Kernel, parameters: Mapping[str, Any], cell: Paramete
         raise ParameterError(
             f"papermill writes no parameters for {kernel.language or kernel.name} notebooks; leave them out"
         ) from None
+
+
+def defaults_of(cell: ParametersCell) -> dict[str, Any]:
+    """The literal values in a parameters cell, as far as JSON has them; without the injected names."""
+    found: dict[str, Any] = {}
+    for name, declared in cell.declared.items():
+        if name in contract.INJECTED_PARAMETERS or declared.default is ...:
+            continue
+        with contextlib.suppress(TypeError, ValueError):
+            found[name] = json.loads(json.dumps(declared.default, allow_nan=False))
+    return found
 
 
 def adoption_warnings(cell: ParametersCell) -> list[str]:
@@ -98,3 +118,24 @@ def read_seconds(flag: str, value: float | str | None) -> float | None:
         return parse_duration(value)
     except (ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{flag}: {error}") from None
+
+
+def read_mlflow(value: str | bool, experiment: str | None, interval: float) -> dict[str, Any] | None:
+    """What the record keeps of ``--mlflow``. Raises UsageError, and ResourceUnavailable without MLflow."""
+    try:
+        setting = parse_mlflow(value)
+    except (ValueError, AttributeError) as error:
+        raise UsageError(f"--mlflow: {error}") from None
+    if setting != "off" and not choice.is_installed():
+        raise ResourceUnavailable(f"--mlflow: MLflow is not installed; {choice.INSTALL}")
+    return choice.chosen(setting, experiment, interval, Path.cwd())
+
+
+def mlflow_of_settings(settings: Settings, warnings: list[str]) -> dict[str, Any] | None:
+    """The same of the settings; where MLflow is not installed that is a warning."""
+    if settings.mlflow == "off":
+        return None
+    if not choice.is_installed():
+        warnings.append(f"mlflow is set, but MLflow is not installed: nothing is sent; {choice.INSTALL}")
+        return None
+    return choice.chosen(settings.mlflow, settings.mlflow_experiment, settings.mlflow_interval, Path.cwd())

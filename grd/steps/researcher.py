@@ -21,7 +21,16 @@ from grd.runs.folder import RunFolder, new_run_id
 from grd.runs.model import Attempt, RunRecord, now_iso
 from grd.settings import Settings, find_project_root, load_settings
 from grd.steps import keys
-from grd.steps.request import Limits, Request, check, read_limits, read_seconds, read_size
+from grd.steps.request import (
+    Limits,
+    Request,
+    check,
+    mlflow_of_settings,
+    read_limits,
+    read_mlflow,
+    read_seconds,
+    read_size,
+)
 from grd.steps.resuming import resume_folder
 from grd.steps.run import Run, runs_folder
 from grd.steps.started import OnEvent, OnNote, Started, launch, see_to_end, tell
@@ -43,6 +52,8 @@ def research(
     allow_unknown: bool = False,
     key: str | None = None,
     on_end: str | None = None,
+    mlflow: str | bool | None = None,
+    mlflow_experiment: str | None = None,
     wait: bool = True,
     on_start: Callable[[Run], None] | None = None,
     on_event: OnEvent | None = None,
@@ -56,6 +67,8 @@ def research(
     With ``wait=False`` it returns once the run has been started; the run outlives this process either way.
     ``key`` makes the call idempotent: the run that was started with it is attached to, resumed, or just
     returned, whichever applies. ``on_end`` is a shell command the runner executes when the run has ended.
+    ``mlflow`` sends the run to MLflow while it runs: the URI of a store, or True for the one MLflow's own
+    environment names; by default the settings decide.
     Raises NotebookNotFound, NotebookError, ParameterError, KernelUnavailable or UsageError before anything
     is started or written.
     """
@@ -64,14 +77,19 @@ def research(
         "grace": read_seconds("--grace", grace),
         "max_output": None if max_output is None else read_size("--max-output", max_output),
         "start_timeout": read_seconds("--start-timeout", start_timeout),
+        "mlflow_experiment": mlflow_experiment,
     }
     settings, _ = load_settings(root, typed)
     request = check(str(notebook), parameters or {}, kernel=kernel, allow_unknown=allow_unknown)
     limits = read_limits(timeout, budget, settings)
+    if mlflow is None:
+        tracked = mlflow_of_settings(settings, request.warnings)
+    else:
+        tracked = read_mlflow(mlflow, settings.mlflow_experiment, settings.mlflow_interval)
     place = runs_folder(runs_dir)
 
     def create() -> Started:
-        folder, lock = _create(request, settings, limits, place, name, checkpoint_dir, key, on_end)
+        folder, lock = _create(request, settings, limits, place, name, checkpoint_dir, key, on_end, tracked)
         for warning in request.warnings:
             tell(on_note, warning)
         return launch(folder, 1, lock)
@@ -164,6 +182,7 @@ def _create(
     checkpoint_dir: str | Path | None,
     key: str | None,
     on_end: str | None,
+    mlflow: dict[str, Any] | None,
 ) -> tuple[RunFolder, int]:
     """Make the run folder whole or not at all; returns it with its lock already held.
 
@@ -184,6 +203,7 @@ def _create(
         language=request.kernel.language,
         parameters=request.parameters,
         declared=request.declared,
+        defaults=request.defaults,
         working_dir=str(Path.cwd()),
         checkpoint_dir=str(checkpoints),
         created_at=now_iso(),
@@ -198,6 +218,7 @@ def _create(
         },
         warnings=list(request.warnings),
         folder=str(folder.path),
+        mlflow=mlflow,
         key=key,
         on_end=on_end,
         grd_version=grd.__version__,

@@ -19,6 +19,7 @@ from grd.errors import (
     ResourceUnavailable,
     ResumeError,
     RunBusy,
+    UsageError,
 )
 from grd.execution.launch import acquire
 from grd.execution.notebooks import find_kernel, read_notebook
@@ -29,9 +30,17 @@ from grd.runs.folder import RunFolder
 from grd.runs.liveness import needs_recovery
 from grd.runs.model import Attempt, RunRecord, seconds_left
 from grd.settings import format_duration
-from grd.steps.request import adoption_warnings, check_language, read_seconds, read_size
+from grd.steps.request import (
+    adoption_warnings,
+    check_language,
+    defaults_of,
+    read_mlflow,
+    read_seconds,
+    read_size,
+)
 from grd.steps.run import Run, status
 from grd.steps.started import OnEvent, OnNote, Started, launch, see_to_end, tell
+from grd.tracking.mlflow.follower import DEFAULT_INTERVAL_SECONDS
 
 
 def resume(
@@ -47,6 +56,8 @@ def resume(
     max_output: int | str | None = None,
     runs_dir: str | Path | None = None,
     allow_unknown: bool = False,
+    mlflow: str | bool | None = None,
+    mlflow_experiment: str | None = None,
     now: bool = False,
     wait: bool = True,
     on_start: Callable[[Run], None] | None = None,
@@ -72,6 +83,8 @@ def resume(
         start_timeout,
         max_output,
         allow_unknown=allow_unknown,
+        mlflow=mlflow,
+        mlflow_experiment=mlflow_experiment,
         now=now,
         on_note=on_note,
     )
@@ -90,6 +103,8 @@ def resume_folder(
     max_output: int | str | None,
     *,
     allow_unknown: bool,
+    mlflow: str | bool | None = None,
+    mlflow_experiment: str | None = None,
     now: bool = False,
     on_note: OnNote | None,
 ) -> Started:
@@ -111,6 +126,7 @@ def resume_folder(
             record.start_timeout = read_seconds("--start-timeout", start_timeout) or record.start_timeout
         if max_output is not None:
             record.max_output = read_size("--max-output", max_output)
+        _apply_mlflow(record, mlflow, mlflow_experiment)
         _check_resumable(record, changes)
         edited = changes.pop("text", None)
         attempt = Attempt(
@@ -189,6 +205,7 @@ def _apply_changes(
         record.notebook = source.location
         record.warnings = adoption_warnings(cell)
     record.kernel_name, record.language = kernel.name, kernel.language
+    record.defaults = defaults_of(cell)
     record.declared = [name for name in contract.INJECTED_PARAMETERS if cell.declares(name)]
     different = {
         name: {"from": record.parameters.get(name), "to": value}
@@ -237,6 +254,19 @@ def _apply_limits(
         record.budget = {**record.budget, "seconds": total_cap, "agreed": "typed"}
     if grace_seconds is not None:
         record.grace = grace_seconds
+
+
+def _apply_mlflow(record: RunRecord, mlflow: str | bool | None, experiment: str | None) -> None:
+    before = record.mlflow or {}
+    if mlflow is None and experiment is None:
+        return
+    if mlflow is None:
+        if record.mlflow is None:
+            raise UsageError("--mlflow-experiment: this run is not sent to MLflow; add --mlflow")
+        record.mlflow = {**before, "experiment": experiment}
+        return
+    interval = float(before.get("interval") or DEFAULT_INTERVAL_SECONDS)
+    record.mlflow = read_mlflow(mlflow, experiment or before.get("experiment"), interval)
 
 
 def _check_resumable(record: RunRecord, changes: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from grd.runs.liveness import heartbeat_age
 from grd.runs.model import RunRecord
 from grd.runs.stop_request import ask_to_stop
 from grd.settings import find_project_root, load_settings
+from grd.tracking.mlflow import state as mlflow_state
 
 if TYPE_CHECKING:
     from grd.steps.checkpoints import Listed
@@ -201,6 +202,9 @@ def status_of(folder: RunFolder) -> dict[str, Any]:
     """The record's words with live progress, metrics and checkpoint where the run is under way."""
     record = recovery.current_record(folder)
     shown = record.to_dict()
+    stores = mlflow_state.summary(folder, record.attempt)
+    if record.mlflow is not None or stores:
+        shown["mlflow"] = {**(record.mlflow or {}), "stores": stores}
     if record.state in (contract.RUNNING, contract.QUEUED):
         view = view_of(folder)
         shown["progress"], shown["metrics"] = view.progress, view.metrics

@@ -17,6 +17,8 @@ class CgroupUse:
     memory_bytes: int | None = None
     peak_bytes: int | None = None
     throttled_seconds: float | None = None
+    oom_kills: int | None = None
+    """Processes of the group that the OOM killer has ended, ever."""
 
 
 def find(pid: int, root: Path = Path("/")) -> str | None:
@@ -49,4 +51,15 @@ def look(folder: str, root: Path = Path("/")) -> CgroupUse:
         number("memory.current", "memory.usage_in_bytes"),
         number("memory.peak", "memory.max_usage_in_bytes"),
         throttled,
+        _oom_kills(place),
     )
+
+
+def _oom_kills(place: Path) -> int | None:
+    for name in ("memory.events.local", "memory.events", "memory.oom_control"):
+        with contextlib.suppress(OSError, ValueError):
+            for line in (place / name).read_text().splitlines():
+                word, _, count = line.partition(" ")
+                if word == "oom_kill":
+                    return int(count)
+    return None

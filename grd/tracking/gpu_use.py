@@ -69,6 +69,8 @@ class GpuUse:
                     "index": row.gpu_id,
                     "utilization_percent": row.utilization_percent,
                     "memory_used_mb": row.memory_used_mb,
+                    "memory_total_mb": row.memory_total_mb,
+                    "power_usage_w": row.power_usage_w,
                     "process_memory_mb": memory,
                     **({"mock": True} if row.mock else {}),
                 }

@@ -14,6 +14,7 @@ from grd.files import JsonLines
 from grd.hardware.monitor import get_gpu_monitor
 from grd.tracking import cgroup_use, tree_walk
 from grd.tracking.gpu_use import GpuUse
+from grd.tracking.host_use import HostUse
 from grd.tracking.peaks import Accumulator
 from grd.tracking.tree_walk import TreeLook, descendants, look_at, proportional_bytes
 
@@ -46,6 +47,7 @@ class ResourceSampler:
         self._on_warning = on_warning
         self._accumulator = Accumulator()
         self._gpus = GpuUse()
+        self._host = HostUse()
         self._gpu_rows: list[dict[str, Any]] = []
         self._lock = threading.Lock()
         self._root: int | None = None
@@ -162,7 +164,8 @@ class ResourceSampler:
         with contextlib.suppress(OSError, ValueError):  # a full disk: the run's end is more important
             if self._lines is None:
                 self._lines = JsonLines(self._path)
-            self._lines.append({"t": time.time(), **(self.summary(now) or {}), "gpu_now": self._gpu_rows})
+            now_only = {"gpu_now": self._gpu_rows, "host": self._host.look()}
+            self._lines.append({"t": time.time(), **(self.summary(now) or {}), **now_only})
             self._written += 1
             if self._written % LINES_BEFORE_SLOWER == 0:
                 self._line_seconds *= 2
@@ -194,5 +197,6 @@ class ResourceSampler:
             "cgroup": None if cgroup is None else cgroup.folder,
             "cgroup_memory_bytes": None if cgroup is None else cgroup.memory_bytes,
             "cgroup_peak_bytes": None if cgroup is None else cgroup.peak_bytes,
+            "cgroup_oom_kills": None if cgroup is None else cgroup.oom_kills,
             "gpus": self._gpus.summary(),
         }

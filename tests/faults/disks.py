@@ -6,9 +6,10 @@ import contextlib
 import os
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from conftest import cannot_be_had
@@ -36,6 +37,8 @@ class Disk:
 
     mounted: Path
     image: Path
+    repaired: threading.Event = field(default_factory=threading.Event)
+    filling: threading.Thread | None = None
 
     @property
     def folder(self) -> Path:
@@ -47,11 +50,29 @@ class Disk:
         raise NotImplementedError
 
     def strike(self) -> None:
-        """From now on nothing can be written."""
+        """From now on nothing can be written, also where older checkpoints make room for newer ones."""
+        before = self._checkpoints()
         _fill(self.folder)
+        self.filling = threading.Thread(target=self._stay_full, args=(before,), daemon=True)
+        self.filling.start()
+
+    def _checkpoints(self) -> set[Path]:
+        with contextlib.suppress(OSError):  # what is listed may vanish meanwhile
+            return set(self.folder.rglob("checkpoint_epoch*"))
+        return set()
+
+    def _stay_full(self, seen: set[Path]) -> None:
+        while not self.repaired.wait(0.01):
+            now = self._checkpoints()
+            if seen - now:
+                _fill(self.folder)
+            seen = now
 
     def repair(self) -> None:
         """What a person does about it."""
+        self.repaired.set()
+        if self.filling is not None:
+            self.filling.join(60)
         (self.folder / "filler").unlink()
 
     def unmount(self) -> None:
@@ -135,5 +156,6 @@ def mounted(kind: type[Disk], place: Path) -> Iterator[Disk]:
     try:
         yield disk
     finally:
+        disk.repaired.set()
         disk.unmount()
         shutil.rmtree(place, ignore_errors=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from conftest import Project, cannot_be_had, wait_until
+from conftest import Project, cannot_be_had, has_ended, wait_until
 from disks import Disk, FullDisk, GoneReadOnly, Quota
 
 Follower = subprocess.Popen[str]
@@ -98,7 +98,7 @@ def stop_the_runner_beyond_the_deadline(project: Project, follower: Follower) ->
     runner, kernel = _runner(project), psutil.Process(_kernel(project))
     os.kill(runner, signal.SIGSTOP)
     try:
-        wait_until(lambda: not kernel.is_running() or kernel.status() == "zombie", "the kernel's end")
+        wait_until(lambda: has_ended(kernel), "the kernel's end")
     finally:
         os.kill(runner, signal.SIGCONT)
 

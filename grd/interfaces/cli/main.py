@@ -36,6 +36,7 @@ _COMMANDS = {
     "gpus": ("grd.interfaces.cli.machine", "gpus", "What each GPU is doing now."),
     "benchmark": ("grd.interfaces.cli.machine", "benchmark", "Measure this machine for five seconds."),
     "recover": ("grd.interfaces.cli.recover", "recover", "Rebuild a notebook whose papermill was killed."),
+    "mlflow": ("grd.interfaces.cli.mlflow", "mlflow", "Send runs to MLflow afterwards."),
     "kernelspec": ("grd.interfaces.cli.kernelspec", "kernelspec", "A kernel for tools without engines."),
     "config": ("grd.interfaces.cli.config", "config", "The settings in force and where they come from."),
 }

@@ -239,6 +239,7 @@ def describe_end(shown: dict[str, Any]) -> list[str]:
         lines.append(f"  progress    {text}")
     lines += [f"  {text}" for text in resources_text(shown)]
     lines += [f"  warning     {text}" for text in shown.get("warnings") or []]
+    lines += [f"  {text}" for text in mlflow_text(shown)]
     if shown.get("metrics"):
         lines.append(f"  metrics     {metrics_text(shown['metrics'])}")
     if shown.get("checkpoint"):
@@ -312,6 +313,26 @@ def _gpu_text(gpu: dict[str, Any], now: dict[str, Any] | None) -> str:
     if now is not None and now.get("utilization_percent") is not None:
         told.append(f", now {now['utilization_percent']} %")
     return "".join(told)
+
+
+def mlflow_text(shown: dict[str, Any]) -> list[str]:
+    """What has arrived in MLflow, and what to type where not all of it has."""
+    chosen = shown.get("mlflow")
+    if chosen is None:
+        return []
+    ended = shown.get("state") in contract.ENDED_STATES
+    command = f"; grd mlflow export {shown['run_id']}" if ended else ""
+    lines = []
+    for store in chosen.get("stores") or []:
+        text = f"run {store['run_id']} in {store['uri']}" if store["run_id"] else f"{store['uri']}"
+        if store["error"]:
+            text += f": not all has arrived: {store['error']}{command}"
+        elif ended and not store["complete"]:
+            text += f": not all has arrived{command}"
+        if store["refused"]:
+            text += f" ({store['refused']} values were refused)"
+        lines.append(f"mlflow      {text}")
+    return lines or [f"mlflow      nothing has arrived yet{command}"]
 
 
 def local_time(iso: str | None) -> str:

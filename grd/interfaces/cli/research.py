@@ -64,6 +64,12 @@ def _parameter_options(command: Command) -> Command:
     return command
 
 
+def _check_store(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    if value is not None and value.endswith(".ipynb"):
+        raise click.UsageError(f"--mlflow took {value} for its URI: write --mlflow behind it, or --mlflow=on")
+    return value
+
+
 def _limit_options(command: Command) -> Command:
     for option in (
         click.option(
@@ -88,6 +94,18 @@ def _limit_options(command: Command) -> Command:
             "--max-output",
             metavar="SIZE",
             help="Output the notebook keeps: its first and last half. Default: 100MB.",
+        ),
+        click.option(
+            "--mlflow-experiment", metavar="NAME", help="MLflow's experiment. Default: the notebook's name."
+        ),
+        click.option(
+            "--mlflow",
+            is_flag=False,
+            flag_value="on",
+            metavar="[URI]",
+            callback=_check_store,
+            help="Send the run to MLflow while it runs: to this store, or where MLFLOW_TRACKING_URI says. "
+            "Write it behind the notebook.",
         ),
         click.option("--budget", metavar="TIME", help="Cap on all attempts of the run together, such as 4h."),
         click.option(
@@ -128,6 +146,8 @@ def research(
     on_end: str | None,
     timeout: str | None,
     budget: str | None,
+    mlflow: str | None,
+    mlflow_experiment: str | None,
     grace: str | None,
     start_timeout: str | None,
     max_output: str | None,
@@ -157,6 +177,8 @@ def research(
         gather(pairs, raws, yamls, files),
         timeout=timeout,
         budget=budget,
+        mlflow=mlflow,
+        mlflow_experiment=mlflow_experiment,
         name=name,
         kernel=kernel,
         checkpoint_dir=checkpoint_dir,
@@ -200,6 +222,8 @@ def resume(
     allow_unknown: bool,
     timeout: str | None,
     budget: str | None,
+    mlflow: str | None,
+    mlflow_experiment: str | None,
     grace: str | None,
     start_timeout: str | None,
     max_output: str | None,
@@ -237,6 +261,8 @@ def resume(
             from_epoch=from_epoch,
             timeout=timeout,
             budget=budget,
+            mlflow=mlflow,
+            mlflow_experiment=mlflow_experiment,
             grace=grace,
             start_timeout=start_timeout,
             max_output=max_output,
