@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 IPYKERNEL6 = .venv-ipykernel6
+TENSORFLOW = .venv-tensorflow
 MLFLOW = .venv-mlflow
 KILLS = 60
 DISK_FULL = 20
@@ -12,7 +13,7 @@ PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c constr
 SOURCES = pyproject.toml constraints.txt
 
 .DEFAULT_GOAL = help
-.PHONY: help venv demo test check faults chaos papermill-suite test-ipykernel6 test-frameworks test-mlflow test-gpu recipes-full wheel-test bench clean
+.PHONY: help venv demo test check faults chaos papermill-suite test-ipykernel6 test-frameworks test-tensorflow test-mlflow test-gpu recipes-full wheel-test bench clean
 .DELETE_ON_ERROR:
 
 help:  ## show this
@@ -25,7 +26,7 @@ demo: $(VENV)/.installed-demo  ## explore, train, interrupt, resume, compare (ab
 	@$(PY) demo/demo.py
 
 test: $(VENV)/.installed-dev  ## all tests but the slow ones below
-	$(PY) -m pytest -n 3 --dist loadfile -m 'not faults and not wheel and not gpu and not frameworks and not mlflow'
+	$(PY) -m pytest -n 3 --dist loadfile -m 'not faults and not wheel and not gpu and not frameworks and not tensorflow and not mlflow'
 
 test-gpu: $(VENV)/.installed-dev  ## what needs a CUDA device, and a torch that can use it in .venv
 	$(PY) -m pytest -m gpu
@@ -47,6 +48,9 @@ test-ipykernel6: $(IPYKERNEL6)/.installed  ## magics, engine and signals with ke
 
 test-frameworks: $(VENV)/.installed-frameworks  ## trainings with Lightning and with Hugging Face's Trainer
 	$(PY) -m pytest -n 2 --dist load -m frameworks
+
+test-tensorflow: $(TENSORFLOW)/.installed  ## what TensorFlow tells of the hardware, asked of the real package (its CPU build)
+	$(TENSORFLOW)/bin/python -m pytest tests/test_tensorflow.py
 
 test-mlflow: $(MLFLOW)/.installed  ## runs sent to a real MLflow: its sqlite store, and a server that is stopped
 	$(MLFLOW)/bin/python -m pytest -n 2 --dist load -m mlflow
@@ -70,7 +74,7 @@ clean:  ## remove caches, build results and demo-output; .venv and experiments/ 
 	rm -rf build dist demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './.venv*' -prune -exec rm -rf {} +
 
-$(VENV)/.made $(IPYKERNEL6)/.made $(MLFLOW)/.made:
+$(VENV)/.made $(IPYKERNEL6)/.made $(TENSORFLOW)/.made $(MLFLOW)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "grd needs Python 3.11 or newer, and $(PYTHON) is" \
 			"$$($(PYTHON) --version 2>/dev/null || echo not there); try: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
@@ -102,4 +106,9 @@ $(MLFLOW)/.installed: $(MLFLOW)/.made $(SOURCES)
 $(IPYKERNEL6)/.installed: $(IPYKERNEL6)/.made $(SOURCES)
 	@echo "Installing grd with ipykernel 6.31 into $(IPYKERNEL6)"
 	@$(IPYKERNEL6)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' ipykernel==6.31.0
+	@touch $@
+
+$(TENSORFLOW)/.installed: $(TENSORFLOW)/.made $(SOURCES)
+	@echo "Installing grd and the CPU build of TensorFlow into $(TENSORFLOW): some minutes the first time"
+	@$(TENSORFLOW)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' 'tensorflow-cpu>=2.16'
 	@touch $@

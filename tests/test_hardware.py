@@ -711,7 +711,7 @@ def test_a_framework_that_is_missing_has_nothing_available(
 
 
 def test_tensorflow_is_asked_for_memory_by_its_logical_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in with TensorFlow's calls; the real one is too large to install here."""
+    """A stand-in with TensorFlow's calls and two GPUs; test_tensorflow asks the real one, which sees none."""
 
     def memory_info(name: str) -> dict[str, int]:
         if name != "GPU:0":

@@ -6,6 +6,7 @@ The kernels are of the ipykernel that the tests' own Python has; ``make test-ipy
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -21,6 +22,7 @@ import pytest
 from conftest import LIMIT_SECONDS, Project, wait_until
 from IPython.core.interactiveshell import InteractiveShell
 from jupyter_client.manager import start_new_kernel
+from test_json_shapes import documented
 from traitlets.config import Config
 
 from grd.interfaces.cli.main import cli
@@ -438,13 +440,98 @@ def test_loading_twice_and_unloading_leave_nothing_behind(shell: InteractiveShel
     grd.load_ipython_extension(shell)
     assert shell.find_line_magic("grd") is first
     shell.run_line_magic("reload_ext", "grd")
+    assert [type(each).__name__ for each in shell.input_transformers_cleanup].count("AwaitingCells") == 1
     assert completions(shell, "%grd re") == ["research", "resume", "result", "revoke", "recover"]
     shell.run_line_magic("unload_ext", "grd")
-    assert shell.find_line_magic("grd") is None
+    assert shell.find_line_magic("grd") is None and shell.find_cell_magic("grd") is None
+    assert "AwaitingCells" not in [type(each).__name__ for each in shell.input_transformers_cleanup]
     assert "research" not in completions(shell, "%grd re") + completions(shell, "x = %grd re")
     grd.unload_ipython_extension(shell)
     shell.run_line_magic("load_ext", "grd")
     assert shell.find_line_magic("grd") is not None
+
+
+# --- a cell and what it used -------------------------------------------------------------------------------
+
+FULL = "block = bytearray(100 << 20); block[::4096] = b'x' * (100 << 8)"
+
+
+def test_a_tracked_cell_says_what_it_used_beside_its_value(loaded: Kernel) -> None:
+    done = loaded.type(f"%%grd track -o used\n{FULL}\nlen(block) >> 20")
+    assert done.ok and done.stdout == "" and len(done.shown) == 2, done
+    used, value = done.shown
+    assert value["text/plain"] == "100"
+    assert re.match(
+        r"wall [\d.]+ s, CPU [\d.]+ s .*, peak memory \d+ MiB \(rose by \d+\), ", used["text/plain"]
+    )
+    assert used["text/html"] == f"<pre>{used['text/plain']}</pre>"
+    told = loaded.value("used")
+    assert set(told) == documented("grd.track/1")
+    assert 100 <= told["memory_rise_mb"] <= 110 <= told["peak_memory_mb"]
+    assert told["wall_clock_seconds"] > 0 and told["completed"] is True
+    assert told["gpu_available"] or (
+        used["text/plain"].endswith("no GPU") and told["gpu_vram_used_mb"] is None
+    )
+    assert loaded.value("len(block) >> 20") == 100, "its variables are the notebook's"
+    assert loaded.type("%%grd track\nblock = None;\nused['schema'];").plain.startswith("wall ")
+
+
+def test_a_tracked_cell_may_await_and_the_loop_goes_on_meanwhile(loaded: Kernel) -> None:
+    loaded.type("import asyncio\nmet = asyncio.Event()\nasync def meet():\n    met.set()\n    return 'met'")
+    cell = (
+        "%%grd track --json --into used\n"
+        "task = asyncio.ensure_future(meet())\n"
+        "async with asyncio.timeout(60):\n    await met.wait()\nawait task"
+    )
+    done = loaded.type(cell)
+    assert done.ok and done.plain == "'met'", done
+    assert json.loads(done.stdout) == loaded.value("used")
+    assert loaded.type("%%grd track\nawait asyncio.sleep(0, 'slept')").shown[1]["text/plain"] == "'slept'"
+
+
+@pytest.mark.parametrize("wait", ["", "await __import__('asyncio').sleep(0)\n"])
+def test_what_a_tracked_cell_raises_passes_and_what_it_used_is_told(loaded: Kernel, wait: str) -> None:
+    failed = loaded.type(f"%%grd track -o used\n{wait}divisor = 0\n1 / divisor")
+    assert failed.content["ename"] == "ZeroDivisionError"
+    trace = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(failed.errors[0]["traceback"]))
+    assert f"{4 if wait else 3} 1 / divisor" in trace, "with its own line, counted as in the cell"
+    assert failed.plain.startswith("until it failed: wall ")
+    assert loaded.value("[used['completed'], divisor]") == [False, 0]
+    broken = loaded.type(f"%%grd track\n{wait}1 +")
+    assert broken.content["ename"] == "SyntaxError" and broken.shown == []
+
+
+@pytest.mark.parametrize(
+    ("cell", "says"),
+    [
+        ("%%grd research a.ipynb\nran = True", "only %%grd track takes a cell"),
+        ("%%grd\nran = True", "only %%grd track takes a cell"),
+        ("%%grd track --nope\nran = True", "No such option"),
+        ("%%grd track --nope\nran = True\nawait ran", "No such option"),
+        ("%%grd track -o 1st\nran = True", "'1st' is no name of a variable"),
+        ("%%grd track 'unfinished\nran = True", "No closing quotation"),
+        ("%grd track", "put %%grd track above"),
+    ],
+)
+def test_a_wrong_cell_magic_is_one_line_and_executes_nothing(loaded: Kernel, cell: str, says: str) -> None:
+    failed = loaded.type(cell)
+    assert failed.content["ename"] == "UsageError"
+    said = failed.stderr.strip().splitlines()
+    assert len(said) == 1 and says in said[0], failed
+    assert failed.errors == [] and failed.shown == []
+    assert loaded.value("'ran' in globals()") is False
+
+
+def test_a_tracked_cell_is_ipythons_own_language_and_help_executes_nothing(loaded: Kernel) -> None:
+    done = loaded.type("%%grd track\nfound = !echo one\n%grd config show --json")
+    assert done.ok and '"grd.config/1"' in done.stdout, done
+    assert loaded.value("list(found)") == ["one"]
+    for body in ("helped = 1", "await helped"):
+        shown = loaded.type(f"%%grd track --help\n{body}")
+        assert shown.ok and "Usage: %%grd track" in shown.stdout and shown.shown == [], shown
+    assert loaded.value("'helped' in globals()") is False
+    assert loaded.type("%unload_ext grd").ok
+    assert "not found" in loaded.type("%%grd track\nawait x").stderr
 
 
 # --- awaiting --------------------------------------------------------------------------------------------

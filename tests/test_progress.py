@@ -12,9 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import LIMIT_SECONDS, Project, wait_until
 from test_research import PARAMETERS, TRAIN
 
+from grd.experiment.counting import BatchSizes
 from grd.runs.events import LiveView
 
 
@@ -233,3 +235,90 @@ def test_status_loads_no_rich_and_a_kernel_extension_no_tqdm(tmp_path: Path) -> 
         text=True,
     )
     assert done.stdout.strip().endswith("[]"), done.stdout + done.stderr
+
+
+# --- rates -----------------------------------------------------------------------------------------------
+
+LOADERS = """
+from grd.experiment import training
+
+class Loader:
+    batch_size = 4
+    def __init__(self, samples):
+        self.dataset = range(samples)
+    def __len__(self):
+        return -(-len(self.dataset) // self.batch_size)
+    def __iter__(self):
+        return iter(range(len(self)))
+
+training_data, validation_data = Loader(10), Loader(5)
+"""
+TWO_PASSES = """
+for epoch in training.epochs(3, checkpoint_dir=checkpoint_dir, resume=resume):
+    for batch in epoch.steps(training_data): time.sleep(0.3)
+    for batch in epoch.steps(validation_data): time.sleep(0.3)
+"""
+
+
+def test_steps_and_samples_are_counted_in_all_passes_and_the_position_never_falls(project: Project) -> None:
+    project.notebook("train.ipynb", LOADERS, "import time" + TWO_PASSES, parameters=PARAMETERS)
+    done = project.grd("research", "train.ipynb", "--json")
+    assert done.code == 0, done.err
+    told = progress_events(project, "epochs")
+    assert [(e["batches"], e["samples"]) for e in told if e["n"] in (1.0, 2.0, 3.0) and "step" not in e] == [
+        (5, 15), (10, 30), (15, 45)
+    ]  # fmt: skip
+    positions = [event["n"] for event in told]
+    assert positions == sorted(positions)
+    shown = done.json["progress"]
+    assert shown["samples_per_second"] == pytest.approx(3 * shown["steps_per_second"], rel=0.01)
+    assert 0 < shown["steps_per_second"] <= 1 / 0.3
+    status = project.grd("status", "last").out
+    assert f"rates       {shown['samples_per_second']:.4g} samples/s, " in status and "steps/s" in status
+
+
+def test_what_a_loader_does_not_tell_is_unknown_and_not_guessed(project: Project) -> None:
+    cell = (
+        "import time\nfrom grd.experiment import training\n"
+        "for epoch in training.epochs(2, checkpoint_dir=checkpoint_dir, resume=resume):\n"
+        "    for batch in epoch.steps([1, 2, 3]): time.sleep(0.1)"
+    )
+    project.notebook("train.ipynb", cell, parameters=PARAMETERS)
+    done = project.grd("research", "train.ipynb", "--json")
+    assert done.json["progress"]["samples_per_second"] is None
+    assert done.json["progress"]["steps_per_second"] > 0
+    assert "samples/s" not in project.grd("status", "last").out
+
+
+def test_a_torch_loaders_samples_are_counted_to_the_last_smaller_batch() -> None:
+    data = pytest.importorskip("torch.utils.data")
+    for loader, expected in (
+        (data.DataLoader(range(10), batch_size=4), [4, 4, 2]),
+        (data.DataLoader(range(10), batch_size=4, drop_last=True), [4, 4]),
+        (data.DataLoader(range(10), batch_size=4, sampler=data.SubsetRandomSampler([1, 2, 3, 4, 5])), [4, 1]),
+        (data.DataLoader(range(3), batch_size=None), [None] * 3),
+        (data.DataLoader(range(3), batch_sampler=[[0], [1, 2]]), [None] * 2),
+    ):
+        sizes = BatchSizes(loader)
+        assert [sizes.of(number) for number in range(len(loader))] == expected
+
+
+def test_a_resumed_attempt_is_judged_by_what_it_did_itself() -> None:
+    view = LiveView()
+    for start, t in ((0, 0.0), (100, 1000.0)):
+        view.take({"kind": "state", "state": "running", "t": t})
+        for i in range(3):
+            counted = {"batches": 10 * i, "samples": 320 * i if start else None}
+            view.take(
+                {
+                    "kind": "progress",
+                    "name": "epochs",
+                    "n": start + i,
+                    "total": 200,
+                    "t": t + 5 * i,
+                    **counted,
+                }
+            )
+    assert view.progress is not None
+    rates = {name: value for name, value in view.progress.items() if name.endswith("per_second")}
+    assert rates == {"per_second": 0.2, "steps_per_second": 2.0, "samples_per_second": 64.0}

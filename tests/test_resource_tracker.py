@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ from nvml_replay import H200, Machine, process
 
 import grd
 from grd.tracking.resources import (
+    ResourceSnapshot,
     ResourceTracker,
+    ResourceUsage,
     calculate_resource_usage,
     capture_resource_snapshot,
     resource_usage_to_dict,
@@ -54,8 +58,10 @@ CASES = {
 }
 
 
-def run(before: str, work: str) -> tuple[float, dict[str, float]]:
-    program = PROGRAM.replace("BEFORE", before).replace("WORK", work)
+def run(before: str, work: str, *, proc: bool = True) -> tuple[float, dict[str, float]]:
+    """The memory before the work, and what the tracker says; without ``proc`` as where there is no /proc."""
+    hidden = "" if proc else "\ntree.PROC = __import__('pathlib').Path('/nowhere')"
+    program = PROGRAM.replace("BEFORE", before + hidden).replace("WORK", work)
     environment = {**os.environ, "PYTHONPATH": str(Path(grd.__file__).parents[1])}
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
@@ -79,6 +85,143 @@ def test_the_time_of_children_counts() -> None:
     _, usage = run("", f"subprocess.run([sys.executable, '-c', {burn!r}])")
     assert usage["cpu_time_seconds"] >= 0.45
     assert usage["wall_clock_seconds"] >= usage["cpu_time_seconds"] * 0.5
+
+
+@pytest.mark.parametrize("case", ["held", "a spike", "in a child", "shared by forks"])
+def test_without_proc_the_peak_is_the_true_one_too(case: str) -> None:
+    before, work, more = CASES[case]
+    base, usage = run(before, work, proc=False)
+    room = 40 if case in ("in a child", "shared by forks") else 12
+    assert base + more - 5 <= usage["peak_memory_mb"] <= base + more + room
+
+
+def test_without_proc_the_time_of_children_that_have_ended_counts_too() -> None:
+    burn = "import time\nwhile time.process_time() < 0.15: pass"
+    work = f"for _ in range(6):\n        subprocess.run([sys.executable, '-c', {burn!r}])"
+    _, usage = run("", work, proc=False)
+    assert usage["cpu_time_seconds"] >= 0.85
+
+
+def test_without_proc_a_process_that_is_gone_is_no_surprise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grd.tracking.process_tree.PROC", Path("/nowhere"))
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    with ResourceTracker(child) as tracker:
+        child.communicate(b"\n")
+    assert tracker.get_usage().peak_memory_mb > 0
+    with pytest.raises(ProcessLookupError):
+        capture_resource_snapshot(child.pid)
+
+
+def test_a_snapshot_has_the_plans_fields_and_cannot_be_changed() -> None:
+    before = capture_resource_snapshot()
+    held = bytearray(30 << 20)
+    held[::4096] = b"x" * (30 << 8)
+    end = time.process_time() + 0.05
+    while time.process_time() < end:
+        pass
+    after = capture_resource_snapshot()
+    assert after.wall_clock > before.wall_clock
+    assert after.cpu_time_seconds - before.cpu_time_seconds >= 0.03  # the system counts hundredths
+    assert after.rss_bytes - before.rss_bytes > 25 << 20
+    assert after.vms_bytes >= after.rss_bytes > 0
+    with pytest.raises(AttributeError):
+        after.rss_bytes = 0  # type: ignore[misc]
+
+
+def snapshot(**values: object) -> ResourceSnapshot:
+    at = {"wall_clock": 100.0, "cpu_time_seconds": 5.0, "rss_bytes": 300 << 20, "vms_bytes": 1 << 30,
+          "gpu_vram_mb": None, "gpu_available": False}  # fmt: skip
+    return ResourceSnapshot(**{**at, **values})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("end", "peak", "expected"),
+    [
+        ({"wall_clock": 102.5, "cpu_time_seconds": 6.25}, None, (1.25, 2.5, 300.0, None)),
+        ({"rss_bytes": 500 << 20}, None, (0.0, 0.0, 500.0, None)),
+        ({"rss_bytes": 100 << 20}, None, (0.0, 0.0, 300.0, None)),
+        ({"rss_bytes": 500 << 20}, 900 << 20, (0.0, 0.0, 900.0, None)),
+        ({"cpu_time_seconds": 4.0, "wall_clock": 99.0}, None, (0.0, 0.0, 300.0, None)),
+        ({"gpu_vram_mb": 0.0, "gpu_available": True}, None, (0.0, 0.0, 300.0, 0.0)),
+        ({"gpu_vram_mb": 512.0, "gpu_available": True}, None, (0.0, 0.0, 300.0, 512.0)),
+    ],
+)
+def test_usage_is_the_difference_of_two_snapshots_and_never_negative(
+    end: dict[str, object], peak: int | None, expected: tuple[float, float, float, float | None]
+) -> None:
+    usage = calculate_resource_usage(snapshot(), snapshot(**end), peak)
+    found = (usage.cpu_time_seconds, usage.wall_clock_seconds, usage.peak_memory_mb, usage.gpu_vram_used_mb)
+    assert found == expected
+    assert usage.gpu_available is bool(end.get("gpu_available"))
+
+
+def test_the_dict_rounds_as_the_plan_does_and_leaves_unknown_what_is_unknown() -> None:
+    usage = ResourceUsage(
+        cpu_time_seconds=1.23456, wall_clock_seconds=2.0004, peak_memory_mb=256.789,
+        gpu_vram_used_mb=1024.126, gpu_available=True,
+    )  # fmt: skip
+    told = resource_usage_to_dict(usage)
+    assert told == {
+        "cpu_time_seconds": 1.235, "wall_clock_seconds": 2.0, "peak_memory_mb": 256.79,
+        "gpu_vram_used_mb": 1024.13,
+    }  # fmt: skip
+    assert json.loads(json.dumps(told, allow_nan=False)) == told
+    unknown = resource_usage_to_dict(replace(usage, gpu_vram_used_mb=None))
+    assert json.loads(json.dumps(unknown))["gpu_vram_used_mb"] is None
+
+
+def test_a_tracker_can_be_used_again_and_tells_of_the_last_time() -> None:
+    tracker = ResourceTracker()
+    with tracker:
+        held = bytearray(60 << 20)
+        held[::4096] = b"x" * (60 << 8)
+        del held
+    first = tracker.get_usage()
+    with tracker, pytest.raises(RuntimeError, match="not ended"):
+        tracker.get_usage()
+    assert tracker.get_usage() != first
+    assert tracker.peak_bytes >= tracker.start_bytes > 0
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, ZeroDivisionError])
+def test_what_an_awaited_block_raises_passes_and_the_usage_is_there(error: type[BaseException]) -> None:
+    tracker = ResourceTracker()
+
+    async def work() -> None:
+        async with tracker:
+            await asyncio.sleep(0)
+            raise error
+
+    with pytest.raises(error):
+        asyncio.run(work())
+    assert tracker.get_usage().wall_clock_seconds >= 0
+
+
+def test_what_asks_the_driver_comes_without_a_warning_of_its_package() -> None:
+    """The package named pynvml warns at its import; NVIDIA's own, with a module of that name, does not."""
+    program = (
+        "import pynvml\nfrom importlib import metadata\nfrom grd.hardware import GPUMonitor, find_gpus\n"
+        "from grd.tracking import ResourceTracker\nGPUMonitor(mock_mode=False).get_gpu_stats(); find_gpus()\n"
+        "with ResourceTracker(): pass\n"
+        "assert 'nvidia-ml-py' in metadata.packages_distributions()['pynvml']"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(grd.__file__).parents[1])}
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "error::FutureWarning",
+            "-W",
+            "error::DeprecationWarning:pynvml",
+            "-c",
+            program,
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_dict_has_exactly_the_keys_of_the_plan() -> None:

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from conftest import Project, wait_until
 
+import grd
 from grd.hardware.monitor import GPUStats
+from grd.interfaces.cli.rendering import resources_text
 from grd.runs import resource_samples
 from grd.tracking import cgroup_use, gpu_use, sampler
 from grd.tracking.gpu_use import GpuUse
@@ -188,6 +190,20 @@ def test_samples_are_live_and_a_killed_runner_loses_one_at_most(project: Project
     assert first["seconds"] < 10.0
 
 
+def test_where_nothing_can_be_sampled_the_record_says_null(project: Project, tmp_path: Path) -> None:
+    """As on a system without /proc: every Python of the run is told that it lies elsewhere."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "from grd.tracking import tree_walk\ntree_walk.PROC = '/nowhere'"
+    )
+    paths = [str(tmp_path), str(Path(grd.__file__).parents[1])]
+    project.environment["PYTHONPATH"] = os.pathsep.join(paths)
+    project.notebook("run.ipynb", "print('here')")
+    done = project.grd("research", "run.ipynb", "--json")
+    assert (done.code, done.json["attempts"][0]["resources"]) == (0, None), done.err
+    assert not (project.only_run() / "attempts" / "1" / "resources.jsonl").exists()
+    assert "resources" not in project.grd("status", "last").out
+
+
 def test_a_look_that_hangs_in_a_driver_does_not_hold_up_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,7 +223,8 @@ def test_a_look_that_hangs_in_a_driver_does_not_hold_up_the_run(
     assert reached.wait(60)
     sampling.watch({})
     sampling.close()
-    assert not opened.is_set() and sampling.summary()["peak_memory_bytes"] > MB
+    found = sampling.summary()
+    assert not opened.is_set() and found is not None and found["peak_memory_bytes"] > MB
     opened.set()
 
 
@@ -297,6 +314,36 @@ def test_what_a_cgroup_tells_and_does_not_tell(
         (group / name).write_text(text + "\n")
     found = cgroup_use.look("/group", tmp_path)
     assert (found.memory_bytes, found.peak_bytes, found.throttled_seconds) == expected
+
+
+def test_rates_stand_beside_what_a_gpu_did_and_the_difference_is_said(project: Project) -> None:
+    """The GPU is put into the record afterwards: there may be none here."""
+    cell = (
+        "import time\nfrom grd.experiment import training\n"
+        "for epoch in training.epochs(2, checkpoint_dir='', resume=False):\n"
+        "    for batch in epoch.steps([1, 2, 3]): time.sleep(0.1)"
+    )
+    project.notebook("run.ipynb", cell)
+    assert project.grd("research", "run.ipynb").code == 0
+    plain = project.grd("status", "last").out
+    assert "steps/s" in plain and "GPU" not in plain and "gpu " not in plain
+    path = project.only_run() / "run.json"
+    record = json.loads(path.read_text())
+    gpu = {"uuid": "GPU-1", "name": "NVIDIA H100", "peak_memory_mb": 2000.0,
+           "memory_source": gpu_use.BY_PROCESS, "mean_utilization_percent": 41.0}  # fmt: skip
+    warning = "there is a GPU (NVIDIA H100), and nothing of this run has used it for 2 minutes"
+    record["attempts"][0]["resources"]["gpus"] = [gpu]
+    path.write_text(json.dumps({**record, "warnings": [warning]}))
+    shown = project.grd("status", "last").out
+    assert f"peak 2000 MiB ({gpu_use.BY_PROCESS}), something ran on it 41 % of the time" in shown
+    assert "says nothing of how much of the GPU it used: compare the rates" in shown
+    assert f"  warning     {warning}" in shown
+    going = resources_text(
+        {"state": "running", "resources": {"peak_memory_bytes": MB, "gpus": [gpu], "gpu_now":
+         [{"uuid": "GPU-1", "utilization_percent": 7}]}}
+    )  # fmt: skip
+    assert any(line.endswith("something ran on it 41 % of the time, now 7 %") for line in going)
+    assert "compare how fast the training goes" in going[-1]
 
 
 # --- GPUs: invented answers, since there may be none here --------------------------------------------------

@@ -321,7 +321,14 @@ class Survive(_TrainerCallback):
                 force=force,
                 step=state.global_step,
                 steps=state.max_steps or None,
+                batches=state.global_step,
+                samples=state.global_step * _samples_of_step(args),
             )
+
+
+def _samples_of_step(args: Any) -> int:
+    """How many samples one optimizer step takes, over all processes; an epoch's last may take fewer."""
+    return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 
 def sealed(folder: Path) -> list[Sealed]:

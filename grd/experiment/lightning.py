@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from grd import contract
 from grd.errors import CheckpointError, CheckpointFenced, CheckpointRefused
 from grd.experiment import interruption, rng
+from grd.experiment.counting import BatchSizes, Count
 from grd.experiment.events import emit
 from grd.experiment.loader import steps_of
 from grd.experiment.reporting import as_number, log_metrics, report_progress
@@ -86,6 +87,7 @@ class Survive(_Callback):
         self._saved_at: tuple[int, int | None] | None = None
         self._failure: str | None = None
         self._told: set[str] = set()
+        self._count = Count()
 
     @property
     def ckpt_path(self) -> str | None:
@@ -175,6 +177,9 @@ class Survive(_Callback):
         self._schedule.step_ended(now)
         done, total = batch_idx + 1, trainer.num_training_batches
         share = done / total if total not in (0, float("inf")) else 0.0
+        loader = trainer.train_dataloader
+        samples = BatchSizes(getattr(loader, "source", loader)).of(batch_idx)
+        self._count.add(None if samples is None else samples * trainer.world_size)
         self._report(trainer, trainer.current_epoch + min(1.0, share), step=done)
         if done >= total:
             return  # the end of the epoch comes next
@@ -282,7 +287,7 @@ class Survive(_Callback):
         if not trainer.is_global_zero:
             return
         total = trainer.max_epochs if (trainer.max_epochs or -1) > 0 else None
-        report_progress("epochs", round(done, 3), total, force=force, **more)
+        report_progress("epochs", round(done, 3), total, force=force, **self._count.told(), **more)
 
     def _end(self, trainer: Any) -> None:
         io = trainer.strategy.checkpoint_io

@@ -16,6 +16,7 @@ from grd.errors import CheckpointError, CheckpointFenced, CheckpointRefused
 from grd.experiment import checkpoint_file, interruption, rng
 from grd.experiment.background_save import BackgroundSave
 from grd.experiment.checkpoint_handler import AsyncSave, CheckpointHandler
+from grd.experiment.counting import BatchSizes, Count
 from grd.experiment.epoch import Epoch, Inside
 from grd.experiment.events import emit, run_id
 from grd.experiment.loader import OrderChanged, Steps, steps_of
@@ -72,6 +73,9 @@ class Loop:
     _saved_at: tuple[int, int | None] | None = None
     _failure: str | None = None
     _told: set[str] = field(default_factory=set)
+    _count: Count = field(default_factory=Count)
+    _steps_in_epoch: int | None = None
+    """Those of the last whole epoch, in all its passes."""
 
     def run(self) -> Iterator[Epoch]:
         """Hand out the epochs that are still to be trained."""
@@ -98,7 +102,7 @@ class Loop:
                 return
             if self.handler is not None and self._first < self.total:
                 checkpoint_file.prepare(self._content(self._first - 1, None), allow_pickle=self.allow_pickle)
-            report_progress("epochs", self._first, self.total, force=True)
+            self._report(self._first, force=True)
             self._stop_if_asked(f"before epoch {self._first}")
             for index in range(self._first, self.total):
                 epoch = Epoch.begin(self, index, self._inside)
@@ -126,10 +130,12 @@ class Loop:
                 f"a resume starts the interrupted epoch again, since of this loader {steps.refusal}",
             )
         done = 0 if resumed is None or steps.refusal is not None else resumed.call_steps
+        sizes = BatchSizes(loader)
         epoch._in_steps = True
         try:
             for batch in self._batches(steps, done, resumed):
                 yield batch
+                self._count.add(sizes.of(done))
                 done += 1
                 epoch._step += 1
                 self._step_done(epoch, steps, done)
@@ -161,8 +167,7 @@ class Loop:
         self._hear_of_save(wait=False)
         now = time.monotonic()
         self._schedule.step_ended(now)
-        share = min(1.0, done / steps.total) if steps.total else 0.0
-        report_progress("epochs", round(int(epoch) + share, 3), self.total, step=done, steps=steps.total)
+        self._report(int(epoch) + self._share(epoch, steps, done), step=done, steps=steps.total)
         reason = interruption.stop_requested()
         if reason is None and (done == steps.total or not self._schedule.due_after_step(now)):
             return
@@ -175,12 +180,25 @@ class Loop:
         # Asked again: a stop that came while the state was being saved finds all of it saved.
         self._stop_if_asked(f"in epoch {int(epoch)} after step {epoch._step}")
 
+    def _share(self, epoch: Epoch, steps: Steps, done: int) -> float:
+        """How much of the epoch is done; it never falls, though a second pass (a validation) begins anew."""
+        if self._steps_in_epoch:
+            return min(1.0, epoch._step / self._steps_in_epoch)
+        if epoch._call > 0:
+            return 1.0
+        return min(1.0, done / steps.total) if steps.total else 0.0
+
+    def _report(self, n: float, *, force: bool = False, **more: Any) -> None:
+        report_progress("epochs", round(n, 3), self.total, force=force, **self._count.told(), **more)
+
     def _end(self, epoch: Epoch, seconds: float) -> None:
         self._hear_of_save(wait=False)
         now = time.monotonic()
         self._schedule.epoch_ended(now)
         self.note(epoch)
-        report_progress("epochs", int(epoch) + 1, self.total, force=True)
+        if epoch._call >= 0:
+            self._steps_in_epoch = epoch._step
+        self._report(int(epoch) + 1, force=True)
         is_last = int(epoch) == self.total - 1 or epoch._ends_training
         if epoch._call < 0 and self.handler is not None and seconds > self._schedule.max_lost_work:
             self._warn(

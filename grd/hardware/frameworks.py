@@ -96,7 +96,7 @@ def gpu_software(driver: str | None, driver_cuda: str | None) -> Facts:
     What torch was built for is read from its files: nothing is imported.
     """
     facts = Facts()
-    facts.put("driver", driver, "no NVIDIA driver answers")
+    facts.put("driver", driver, "no GPU's driver answers")
     facts.put("driver_cuda", driver_cuda, "no NVIDIA driver answers")
     try:
         build, unknown = installed_torch(), "torch is not installed"

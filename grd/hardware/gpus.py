@@ -1,4 +1,4 @@
-"""Which GPUs this process could use: NVML first, then torch where that costs nothing, then GPUtil."""
+"""Which GPUs this process could use: NVML, AMD's libraries, torch where that costs nothing, GPUtil."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from grd.hardware.amd import EXPERIMENTAL, find_by_amd
+from grd.hardware.amd import SOURCES as AMD_SOURCES
 from grd.hardware.facts import Facts, describe, run_limited
 from grd.hardware.frameworks import TorchBuild, installed_torch
 from grd.hardware.nvml import GIBIBYTE, GpuFinding, find_by_nvml
@@ -86,7 +89,7 @@ def find_by_torch(build: TorchBuild | None, *, allow_import: bool) -> GpuFinding
         devices = tuple(_torch_device(torch, index) for index in range(torch.cuda.device_count()))
     except Exception as error:
         return GpuFinding(source="torch", reason=describe(error))
-    notes = ("AMD support is experimental",) if build.hip else ()
+    notes = (EXPERIMENTAL,) if build.hip else ()
     reason = None if devices else "it counts no device"
     return GpuFinding(source="torch", devices=devices, reason=reason, notes=notes)
 
@@ -149,14 +152,18 @@ def _peaks(device: Facts) -> Facts:
 def _complete(finding: GpuFinding, build: TorchBuild | None, driver: str | None) -> Gpus:
     """Add to each device what belongs to the machine: driver and CUDA version."""
     notes = list(finding.notes)
-    if build is not None and not build.sees_gpus:
-        notes.append(f"torch {build.version} is a build without GPU support: it cannot use this GPU")
+    amd = finding.source in AMD_SOURCES
+    usable = build is not None and bool(build.hip if amd else build.sees_gpus)
+    if build is not None and not usable:
+        support = "ROCm" if amd else "GPU support"
+        notes.append(f"torch {build.version} is a build without {support}: it cannot use this GPU")
     cuda, cuda_source = finding.driver_cuda, "driver"
-    if build is not None and build.sees_gpus:
+    if build is not None and usable:
         cuda, cuda_source = build.cuda, "torch"
+    no_cuda = "it is no CUDA device" if amd else "neither torch nor the driver tells it"
     for facts in finding.devices:
         facts.put("driver_version", finding.driver or driver, "no source tells it")
-        facts.put("cuda_version", cuda, "neither torch nor the driver tells it")
+        facts.put("cuda_version", cuda, no_cuda)
         facts.put("cuda_version_source", cuda_source if cuda else None, "cuda_version is unknown")
         facts.add(_peaks(facts))
     return Gpus(
@@ -168,21 +175,31 @@ def _complete(finding: GpuFinding, build: TorchBuild | None, driver: str | None)
     )
 
 
-def find_gpus(*, allow_torch_import: bool = False, environment: Mapping[str, str] = os.environ) -> Gpus:
+def find_gpus(
+    *,
+    allow_torch_import: bool = False,
+    environment: Mapping[str, str] = os.environ,
+    root: Path = Path("/"),
+) -> Gpus:
     """The GPUs a program started here could use, with CUDA_VISIBLE_DEVICES honoured; never raises.
 
-    torch is asked only where it is imported already, or may be (``allow_torch_import``), and only a CUDA or
-    ROCm build of it. GPUtil comes last: it parses nvidia-smi.
+    AMD's libraries are asked where NVML has no device and AMD's driver is loaded, with ROCm's own variables
+    honoured too. torch is asked only where it is imported already, or may be (``allow_torch_import``), and
+    only a CUDA or ROCm build of it. GPUtil comes last: it parses nvidia-smi. ``root`` stands for "/" where
+    /sys is read.
     """
     build = _torch_build()
     nvml = find_by_nvml(environment)
     findings = [nvml]
     if not nvml.devices and not nvml.final:
-        findings.append(find_by_torch(build, allow_import=allow_torch_import))
-        if not findings[-1].devices:
-            findings.append(find_by_gputil(environment))
+        amd = find_by_amd(environment, root)
+        findings += [] if amd is None else [amd]
+        if amd is None or not amd.final:
+            findings.append(find_by_torch(build, allow_import=allow_torch_import))
+            if not findings[-1].devices:
+                findings.append(find_by_gputil(environment))
     last = findings[-1]
     if last.devices:
         return _complete(replace(last, driver=last.driver or nvml.driver), build, nvml.driver)
     reason = "; ".join(f"{finding.source}: {finding.reason}" for finding in findings)
-    return Gpus(reason=reason, driver=nvml.driver, driver_cuda=nvml.driver_cuda)
+    return Gpus(reason=reason, driver=nvml.driver or last.driver, driver_cuda=nvml.driver_cuda)

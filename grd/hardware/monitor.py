@@ -1,5 +1,7 @@
 """What the GPUs are doing at this moment, through NVML; invented GPUs only for those who ask for them.
 
+Where NVML has none AMD's libraries are asked, which is experimental.
+
 A server without a driver has no GPUs here: numbers that nobody measured are never shown unless somebody
 wants to try things out, and then every record says ``mock``.
 """
@@ -11,13 +13,16 @@ import random
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from grd.errors import ResourceUnavailable
+from grd.hardware.amd import open_amd
+from grd.hardware.amd_libraries import AmdLibrary
 from grd.hardware.facts import Facts, describe
 from grd.hardware.nvml_details import is_instance, profile_name, text
-from grd.hardware.visible import VARIABLE, visible_devices
+from grd.hardware.visible import VARIABLE, visible_amd_devices, visible_devices
 
 MOCK_VARIABLE = "GRD_GPU_MOCK"
 SEED_VARIABLE = "GRD_GPU_MOCK_SEED"
@@ -46,8 +51,8 @@ class GPUStats:
 
     Memory in MiB. utilization_percent is the share of time in which at least one kernel ran: it says nothing
     of how much of the device that kernel used. processes lists ``{pid, memory_mb}`` as the driver sees them,
-    which in a container are the host's pids. ``visible``: CUDA_VISIBLE_DEVICES lets a program started here
-    use it. ``reasons``: why a value is None.
+    which in a container are the host's pids. ``visible``: CUDA_VISIBLE_DEVICES (for AMD ROCm's variables
+    too) lets a program started here use it. ``reasons``: why a value is None.
     """
 
     gpu_id: int
@@ -110,7 +115,7 @@ class GPUMonitor:
 
     ``mock_mode``: True invents three GPUs, False never does, None does where the variable GRD_GPU_MOCK is
     "1". ``seed`` (or GRD_GPU_MOCK_SEED) makes the invented numbers repeatable. Without a driver there are no
-    devices, and ``reason`` says why. Making one never raises.
+    devices, and ``reason`` says why. Making one never raises. ``root`` stands for "/" where /sys is read.
     """
 
     def __init__(
@@ -119,6 +124,7 @@ class GPUMonitor:
         *,
         seed: int | str | None = None,
         environment: Mapping[str, str] = os.environ,
+        root: Path = Path("/"),
     ) -> None:
         self.mock_mode = wants_mock(mock_mode, environment)
         self.device_count = 0
@@ -126,12 +132,22 @@ class GPUMonitor:
         self.driver: str | None = None
         self._environment = environment
         self._nvml: Any = None
+        self._amd: AmdLibrary | None = None
         self._lock = threading.Lock()
         if self.mock_mode:
             self._random = random.Random(seed if seed is not None else environment.get(SEED_VARIABLE))
             self.device_count = MOCK_COUNT
         else:
             self._open()
+            if self.device_count == 0:
+                self._open_amd(root)
+
+    def _open_amd(self, root: Path) -> None:
+        self._amd, reason = open_amd(root)
+        if self._amd is not None:
+            self.device_count, self.driver, self.reason = self._amd.count, self._amd.driver, None
+        elif reason is not None:
+            self.reason = f"nvml: {self.reason}; {reason}"
 
     def _open(self) -> None:
         try:
@@ -160,12 +176,24 @@ class GPUMonitor:
         with self._lock:
             if self.mock_mode:
                 return [self._invent(index) for index in range(self.device_count)]
+            if self._amd is not None:
+                return self._of_amd(self._amd)
             if self._nvml is None:
                 return []
             rows: list[tuple[int, Facts]] = []
             for index in range(self.device_count):
                 rows += [(index, facts) for facts in self._card(index)]
             return self._with_visibility(rows)
+
+    def _of_amd(self, library: AmdLibrary) -> list[GPUStats]:
+        seen = visible_amd_devices(self._environment, library.rocm_uuids(), library.hip_order())
+        rows = []
+        for index in range(library.count):
+            facts = library.sensors(index)
+            rows.append(
+                GPUStats(gpu_id=index, visible=index in seen, reasons=dict(facts.reasons), **facts.values)
+            )
+        return rows
 
     def _card(self, index: int) -> list[Facts]:
         nvml = self._nvml
@@ -220,8 +248,12 @@ class GPUMonitor:
         """UUIDs of the devices that work may be given to here, in CUDA_VISIBLE_DEVICES' spelling.
 
         A card that is split is not among them, its instances are. Raises ResourceUnavailable for invented
-        devices: nothing can run on them.
+        devices, on which nothing can run, and for AMD's, whose variable takes no UUIDs.
         """
+        if self._amd is not None:
+            raise ResourceUnavailable(
+                "AMD support is experimental: grd gives no work to these GPUs; try HIP_VISIBLE_DEVICES"
+            )
         if self.mock_mode:
             raise ResourceUnavailable(
                 f"these GPUs are invented ({MOCK_VARIABLE} or --mock): nothing can run on them; unset it"
@@ -234,7 +266,10 @@ class GPUMonitor:
         """Let go of the driver; once more does no harm."""
         with self._lock:
             nvml, self._nvml = self._nvml, None
+            amd, self._amd = self._amd, None
             self.device_count = 0
+            if amd is not None:
+                amd.close()
             if nvml is not None:
                 try:
                     nvml.nvmlShutdown()
@@ -244,7 +279,7 @@ class GPUMonitor:
     @property
     def closed(self) -> bool:
         """Whether it was shut down, or never had anything to show."""
-        return self._nvml is None and not (self.mock_mode and self.device_count)
+        return self._nvml is None and self._amd is None and not (self.mock_mode and self.device_count)
 
     def __enter__(self) -> Self:
         return self

@@ -150,7 +150,7 @@ def capture_hardware_profile(
         "hostname": lambda: _add(profile, None, system_facts(root)),
         "memory": lambda: _add(profile, "memory", memory_facts(limits, root)),
         "disk": lambda: _add_disks(profile, project, checkpoint_dir, root),
-        "gpu": lambda: _add_gpus(profile, find_gpus(allow_torch_import=allow_torch_import)),
+        "gpu": lambda: _add_gpus(profile, find_gpus(allow_torch_import=allow_torch_import, root=root)),
         "frameworks": lambda: _add(profile, "frameworks", framework_versions()),
         "system": lambda: _add(profile, "system", surroundings(root)),
         "numerics": lambda: _add_numerics(profile),

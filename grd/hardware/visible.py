@@ -1,4 +1,4 @@
-"""CUDA_VISIBLE_DEVICES: which of the machine's GPUs a CUDA program started here would see."""
+"""CUDA_VISIBLE_DEVICES and its likes: which of the machine's GPUs a program started here would see."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
+ROCR, HIP = "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"
+AMD_VARIABLES = (ROCR, HIP, VARIABLE)
 
 
 def visible_devices(setting: str | None, uuids: Sequence[str | None]) -> list[int | str]:
@@ -36,6 +38,25 @@ def visible_devices(setting: str | None, uuids: Sequence[str | None]) -> list[in
             return []
         chosen.append(device)
     return chosen
+
+
+def visible_amd_devices(
+    environment: Mapping[str, str], uuids: Sequence[str | None], order: Sequence[int]
+) -> list[int]:
+    """Which AMD devices a HIP program would see: positions in ``uuids``, in that program's order.
+
+    ``order``: the positions as HIP counts them when nothing is set. ROCm's runtime hides first
+    (ROCR_VISIBLE_DEVICES, positions or UUIDs); HIP counts what is left, and hides in its turn
+    (HIP_VISIBLE_DEVICES, or without it CUDA_VISIBLE_DEVICES). ROCm documentation, "GPU isolation techniques".
+    """
+    seen = list(order)
+    for setting in (environment.get(ROCR), environment.get(HIP, environment.get(VARIABLE))):
+        if setting is not None:
+            setting = re.sub(r"GPU-[0-9A-Fa-f-]+", lambda found: "GPU-" + found[0][4:].lower(), setting)
+        names = [uuids[index] for index in seen]
+        lower = [None if name is None else "GPU-" + name[4:].lower() for name in names]
+        seen = [seen[entry] for entry in visible_devices(setting, lower) if isinstance(entry, int)]
+    return seen
 
 
 def order_is_doubtful(environment: Mapping[str, str], names: Sequence[str | None]) -> bool:

@@ -1,6 +1,7 @@
 """``%grd SUB ...`` in Jupyter and IPython: the commands of the command line, answered with objects.
 
 The very same click commands parse and execute the line; only `Surface` and how errors are shown differ.
+``%%grd track`` is the only one that takes a cell.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from IPython.core.error import UsageError
 from grd.errors import GrdError
 from grd.interfaces.cli.answer import Answer, Report, Surface
 from grd.interfaces.cli.main import cli
+from grd.interfaces.track_cell import AwaitingCells, Options, TrackedCells, track
 
 NAME = "grd"
 _TYPED = re.compile(r"^(?:.*=)?\s*%grd\s+(?P<rest>.*)$", re.DOTALL)
@@ -35,18 +37,32 @@ class GrdMagic:
     def __init__(self, shell: Any) -> None:
         self.shell = shell
         self.surface = Surface(waits=False, prints=False)
+        self.cells = TrackedCells(shell)
 
     def run_line(self, line: str) -> Any:
         """Execute one line; an error is one line too, as IPython shows its own usage errors."""
         if line.split() in ([], ["help"]):
             click.echo(_help())
             return None
+        arguments = _split(f"%{NAME}", line)
+        if arguments[:1] == [track.name]:
+            raise UsageError(f"{track.name} is for a cell: put %%{NAME} {track.name} above its code")
+        return self._shown(self._execute(cli, _as_help(arguments), f"%{NAME}"))
+
+    def run_cell(self, line: str, cell: str) -> Any:
+        """Execute a cell below ``%%grd track``; its value, or what has to be awaited for it."""
+        arguments = _split(f"%%{NAME}", line)
+        if arguments[:1] != [track.name]:
+            told = f"%%{NAME} {arguments[0]}" if arguments else f"%%{NAME}"
+            raise UsageError(
+                f"{told}: only %%{NAME} {track.name} takes a cell; commands are %{NAME} SUB, with one %"
+            )
+        options = self._execute(track, arguments[1:], f"%%{NAME} {track.name}")
+        return self.cells.run(options if isinstance(options, Options) else None, cell)
+
+    def _execute(self, command: click.Command, arguments: list[str], name: str) -> Any:
         try:
-            arguments = _as_help(shlex.split(line))
-        except ValueError as error:
-            raise UsageError(f"{error}: %grd {line}") from None
-        try:
-            answer = cli.main(arguments, prog_name="%grd", standalone_mode=False, obj=self.surface)
+            return command.main(arguments, prog_name=name, standalone_mode=False, obj=self.surface)
         except _NO_ARGUMENTS as error:
             click.echo(error.format_message())
             return None
@@ -58,7 +74,6 @@ class GrdMagic:
             if self.surface.debug:
                 raise
             raise UsageError(_one_line(str(error))) from None
-        return self._shown(answer)
 
     def _shown(self, answer: Any) -> Any:
         if not isinstance(answer, Answer):
@@ -90,7 +105,7 @@ class GrdMagic:
 
 
 def load(shell: Any) -> None:
-    """Register ``%grd`` and its completion; once is enough, twice does no harm."""
+    """Register ``%grd``, ``%%grd`` and their completion; once is enough, twice does no harm."""
     if NAME in shell.magics_manager.magics["line"]:
         return
     magic = GrdMagic(shell)
@@ -98,16 +113,24 @@ def load(shell: Any) -> None:
     def grd(line: str) -> Any:
         return magic.run_line(line)
 
-    grd.__doc__ = _help()
-    grd.__module__ = __name__
-    shell.register_magic_function(grd, "line", NAME)
+    def grd_cell(line: str, cell: str) -> Any:
+        return magic.run_cell(line, cell)
+
+    for function, kind in ((grd, "line"), (grd_cell, "cell")):
+        function.__doc__ = _help()
+        function.__module__ = __name__
+        shell.register_magic_function(function, kind, NAME)
+    shell.input_transformers_cleanup.append(AwaitingCells(magic.cells))
     for key in ({"str_key": f"%{NAME}"}, {"re_key": _ASSIGNED}):
         shell.set_hook("complete_command", magic.complete, **key)
 
 
 def unload(shell: Any) -> None:
-    """Take ``%grd`` and its completion away; IPython has no call for either."""
-    shell.magics_manager.magics["line"].pop(NAME, None)
+    """Take ``%grd``, ``%%grd`` and their completion away; IPython has no call for that."""
+    for kind in ("line", "cell"):
+        shell.magics_manager.magics[kind].pop(NAME, None)
+    transformers = shell.input_transformers_cleanup
+    transformers[:] = [each for each in transformers if not isinstance(each, AwaitingCells)]
     hooks = shell.strdispatchers.get("complete_command")
     if hooks is not None:
         hooks.strs.pop(f"%{NAME}", None)
@@ -121,8 +144,16 @@ def _help() -> str:
         f"{commands}\n\n"
         "%grd help SUB explains one command. Results are objects: runs = %grd list. {name} stands for the\n"
         "value of a variable; quote it where it may hold spaces. research and resume return at once,\n"
-        "unless --wait; status without RUN is about the run last started here, unless --all."
+        "unless --wait; status without RUN is about the run last started here, unless --all.\n"
+        f"%%{NAME} {track.name} above a cell says what the cell used (%%{NAME} {track.name} --help)."
     )
+
+
+def _split(magic: str, line: str) -> list[str]:
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise UsageError(f"{error}: {magic} {line}") from None
 
 
 def _as_help(arguments: list[str]) -> list[str]:

@@ -22,7 +22,7 @@ from grd.runs.folder import RunFolder
 DIGEST_BYTES = 256 * 1024
 """A digest is worth it when so much is new: some 2,000 events, which take 10 ms to read."""
 
-DIGEST_SCHEMA = "grd.digest/1"
+DIGEST_SCHEMA = "grd.digest/2"
 """To be counted up when `LiveView` sees other things in the same events."""
 
 _TAIL_BYTES = 64
@@ -74,6 +74,8 @@ class LiveView:
     offset: int = 0
     _started: dict[str, tuple[float, float]] = field(default_factory=dict)
     _reached: dict[str, float] = field(default_factory=dict)
+    _counted: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By progress: the time ``t`` and the counts that this attempt first told."""
 
     def take(self, event: dict[str, Any]) -> None:
         """Account for one event; kinds this version does not know are passed over."""
@@ -95,6 +97,7 @@ class LiveView:
             if event.get("state") == contract.RUNNING:
                 self._started.clear()
                 self._reached.clear()
+                self._counted.clear()
                 self.cell = None
 
     def _take_progress(self, event: dict[str, Any]) -> None:
@@ -115,16 +118,23 @@ class LiveView:
         previous = self.progress
         if previous and name != previous["name"] and (event.get("within") == previous["name"]):
             return  # steps inside an epoch do not hide the epochs
-        steps = event.get("steps")
-        known = per_second is not None and isinstance(steps, int)
         self.progress = {
             "name": name,
             "n": n,
             "total": total,
             "eta_seconds": eta,
             "per_second": None if per_second is None else float(f"{per_second:.4g}"),
-            "steps_per_second": float(f"{per_second * steps:.4g}") if known else None,  # type: ignore[operator]
+            "steps_per_second": self._rate(name, "batches", event.get("batches"), now),
+            "samples_per_second": self._rate(name, "samples", event.get("samples"), now),
         }
+
+    def _rate(self, name: str, what: str, count: Any, now: float) -> float | None:
+        """Of what a training has counted since the attempt began, whatever else it did meanwhile."""
+        if not isinstance(count, int):
+            return None
+        first = self._counted.setdefault(name, {"t": now})
+        done, seconds = count - first.setdefault(what, count), now - first["t"]
+        return float(f"{done / seconds:.4g}") if done > 0 and seconds > 0 else None
 
     def read(self, path: Path) -> Iterator[dict[str, Any]]:
         """Yield the events written since the last call, each already taken into account."""

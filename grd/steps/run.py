@@ -209,6 +209,7 @@ def status_of(folder: RunFolder) -> dict[str, Any]:
         view = view_of(folder)
         shown["progress"], shown["metrics"] = view.progress, view.metrics
         shown["checkpoint"] = view.checkpoint or record.checkpoint
+        shown["warnings"] = list(dict.fromkeys([*record.warnings, *view.warnings]))
         shown["cell"] = view.cell
         shown["heartbeat_seconds"] = heartbeat_age(folder)
         shown["resources"] = resource_samples.newest(folder.attempt(record.attempt).resources)

@@ -15,8 +15,8 @@ BUSY_PERCENT = 85.0
 MOVED_MB = 64
 """A device's memory moves by less than this without anybody using it."""
 
-BY_PROCESS = "NVML, by process"
-OF_DEVICE = "NVML, of the whole device since the start"
+BY_PROCESS = "the driver, by process"
+OF_DEVICE = "the driver, of the whole device since the start"
 
 
 @dataclass

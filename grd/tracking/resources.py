@@ -71,6 +71,12 @@ def _pid_of(process: Any) -> int:
     return int(getattr(process, "pid", process))
 
 
+def _known_bytes(use: TreeUse, *, shared: bool) -> int:
+    """What a tree has at least: its largest process, or with ``shared`` all of it, shared pages once."""
+    largest = max(use.sizes.values())
+    return max(largest, shared_out_bytes(use.pids) or 0) if shared and len(use.pids) > 1 else largest
+
+
 def _snapshot(use: TreeUse, gpu_index: int | None) -> ResourceSnapshot:
     vram, available = _gpu_memory(use.pids, gpu_index)
     return ResourceSnapshot(
@@ -131,12 +137,13 @@ def _note_marks() -> None:
 class ResourceTracker:
     """Measures what happens inside ``with`` or ``async with``; `get_usage` tells it afterwards.
 
-    ``process``: whose tree, by default this process's. Trackers may be nested.
+    ``process``: whose tree, by default this process's. Trackers may be nested. ``start_bytes`` is its memory
+    at the start, ``peak_bytes`` the most it had since then.
     """
 
     def __init__(self, process: Any = None, gpu_index: int | None = 0) -> None:
         self.pid = _pid_of(process)
-        self.peak_bytes = 0
+        self.start_bytes = self.peak_bytes = 0
         self._started: float | None = None
         self._marks_before: dict[int, int] = {}
         self._gpu_index = gpu_index
@@ -159,7 +166,8 @@ class ResourceTracker:
         # A mark that was reached before this began is none of its own; only one that rises is.
         self._marks_before = dict(use.marks)
         self._start = self._last = _snapshot(use, self._gpu_index)
-        self.peak_bytes, self._gpu_peak = use.sizes[self.pid], self._start.gpu_vram_mb
+        self.start_bytes = self.peak_bytes = _known_bytes(use, shared=True)
+        self._gpu_peak = self._start.gpu_vram_mb
         self._thread = threading.Thread(target=self._watch, name="grd-resources", daemon=True)
         self._thread.start()
         return self
@@ -214,10 +222,7 @@ class ResourceTracker:
         if started_at(self.pid) != self._started:
             return  # its pid is another process's now
         risen = [mark for pid, mark in use.marks.items() if mark > self._marks_before.get(pid, 0)]
-        known = max([*risen, *use.sizes.values()])
-        if shared and len(use.pids) > 1:
-            known = max(known, shared_out_bytes(use.pids) or 0)
-        self.peak_bytes = max(self.peak_bytes, known)
+        self.peak_bytes = max([self.peak_bytes, _known_bytes(use, shared=shared), *risen])
         last = self._last
         if gpu or last is None:
             vram, available = _gpu_memory(use.pids, self._gpu_index)

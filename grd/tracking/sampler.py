@@ -12,7 +12,7 @@ from typing import Any
 
 from grd.files import JsonLines
 from grd.hardware.monitor import get_gpu_monitor
-from grd.tracking import cgroup_use
+from grd.tracking import cgroup_use, tree_walk
 from grd.tracking.gpu_use import GpuUse
 from grd.tracking.host_use import HostUse
 from grd.tracking.peaks import Accumulator
@@ -65,7 +65,7 @@ class ResourceSampler:
 
     def start(self) -> None:
         """Begin; what is looked at is told by `watch`."""
-        if Path("/proc/self/stat").exists():
+        if Path(tree_walk.PROC, "self/stat").exists():
             self._thread.start()
 
     def watch(self, processes: Mapping[str, Mapping[str, Any]]) -> None:
@@ -91,7 +91,7 @@ class ResourceSampler:
         if self._thread.is_alive():
             self._thread.join(TURN_SECONDS)
         with self._turn() as has_turn:
-            if has_turn:
+            if has_turn and self.summary() is not None:
                 self._write(time.monotonic())
                 if self._lines is not None:
                     self._lines.close()
@@ -165,14 +165,16 @@ class ResourceSampler:
             if self._lines is None:
                 self._lines = JsonLines(self._path)
             now_only = {"gpu_now": self._gpu_rows, "host": self._host.look()}
-            self._lines.append({"t": time.time(), **self.summary(now), **now_only})
+            self._lines.append({"t": time.time(), **(self.summary(now) or {}), **now_only})
             self._written += 1
             if self._written % LINES_BEFORE_SLOWER == 0:
                 self._line_seconds *= 2
 
-    def summary(self, now: float | None = None) -> dict[str, Any]:
-        """All that is known up to now; memory in bytes. What cannot be known is None."""
+    def summary(self, now: float | None = None) -> dict[str, Any] | None:
+        """All that is known up to now, memory in bytes; None where no look has seen anything."""
         totals = self._accumulator.totals
+        if totals.most_processes == 0:
+            return None
         seconds = (time.monotonic() if now is None else now) - self._began
         cgroup = self._cgroup_now
         throttled = None

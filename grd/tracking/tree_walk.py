@@ -13,6 +13,8 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 _TICK = os.sysconf("SC_CLK_TCK")
 KIBIBYTE = 1024
 
+PROC = "/proc"
+
 
 @dataclass
 class ProcessUse:
@@ -64,12 +66,12 @@ def descendants(root: int, *, every_thread: bool) -> list[int]:
         threads = [str(pid)]
         if every_thread:
             try:
-                threads = os.listdir(f"/proc/{pid}/task")  # noqa: PTH208 - several times a second
+                threads = os.listdir(f"{PROC}/{pid}/task")  # noqa: PTH208 - several times a second
             except OSError:
                 continue
         for thread in threads:
             try:
-                waiting += map(int, read(f"/proc/{pid}/task/{thread}/children").split())
+                waiting += map(int, read(f"{PROC}/{pid}/task/{thread}/children").split())
             except OSError:
                 continue
     return found
@@ -77,7 +79,7 @@ def descendants(root: int, *, every_thread: bool) -> list[int]:
 
 def look_at(pid: int, *, io: bool) -> ProcessUse | None:
     """One process now; None if it has ended, or is a zombie."""
-    folder = f"/proc/{pid}"
+    folder = f"{PROC}/{pid}"
     try:
         stat = read(f"{folder}/stat").rpartition(b")")[2].split()
         if stat[0] in (b"Z", b"X"):
@@ -115,7 +117,7 @@ def proportional_bytes(pids: list[int]) -> int | None:
     total = 0
     for pid in pids:
         try:
-            total += _kibibytes(read(f"/proc/{pid}/smaps_rollup"), b"\nPss:")
+            total += _kibibytes(read(f"{PROC}/{pid}/smaps_rollup"), b"\nPss:")
         except FileNotFoundError:
             continue  # it has ended
         except ProcessLookupError:

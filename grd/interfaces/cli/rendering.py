@@ -238,6 +238,7 @@ def describe_end(shown: dict[str, Any]) -> list[str]:
         text = progress_text(progress if going else {**progress, "eta_seconds": None})
         lines.append(f"  progress    {text}")
     lines += [f"  {text}" for text in resources_text(shown)]
+    lines += [f"  warning     {text}" for text in shown.get("warnings") or []]
     lines += [f"  {text}" for text in mlflow_text(shown)]
     if shown.get("metrics"):
         lines.append(f"  metrics     {metrics_text(shown['metrics'])}")
@@ -260,29 +261,58 @@ def describe_end(shown: dict[str, Any]) -> list[str]:
 def resources_text(shown: dict[str, Any]) -> list[str]:
     """What the newest attempt uses, or used, in lines: memory, processors, GPUs, beside how fast it goes."""
     attempts = shown.get("attempts") or [{}]
-    used = shown.get("resources") or attempts[-1].get("resources")
-    if not used or not used.get("peak_memory_bytes"):
-        return []
+    used = shown.get("resources") or attempts[-1].get("resources") or {}
     going = shown.get("state") == contract.RUNNING
+    rates = _rates(shown.get("progress") or {})
+    lines = [f"resources   {_usage_text(used, going=going)}"] if used.get("peak_memory_bytes") else []
+    if rates:
+        lines.append(
+            f"rates       {', '.join(rates)}: of all the time, loading, validating and saving included"
+        )
+    gpus = used.get("gpus") or []
+    now = {each.get("uuid"): each for each in used.get("gpu_now") or []} if going else {}
+    lines += [f"gpu         {_gpu_text(gpu, now.get(gpu.get('uuid')))}" for gpu in gpus]
+    if any(gpu.get("mean_utilization_percent") is not None for gpu in gpus):
+        # Utilisation is the share of time in which any kernel ran, on however few of a device's units.
+        lines.append(
+            "            time in which something ran says nothing of how much of the GPU it used: "
+            + ("compare the rates" if rates else "compare how fast the training goes")
+        )
+    return lines
+
+
+def _usage_text(used: dict[str, Any], *, going: bool) -> str:
     peak = format_size(used["peak_memory_bytes"])
     memory = used.get("rss_bytes") if used.get("processes") == 1 else used.get("pss_bytes")
     parts = [f"memory {format_size(memory)}, peak {peak}" if going and memory else f"peak memory {peak}"]
-    parts.append(f"{used['mean_cores']:.2f} cores on average" if used.get("mean_cores") is not None else "")
+    if used.get("mean_cores") is not None:
+        parts.append(f"{used['mean_cores']:.2f} cores on average")
     if used.get("throttled_seconds"):
         parts.append(f"held back for {format_duration(used['throttled_seconds'])} by the container's limit")
-    progress = shown.get("progress") or {}
-    if going and progress.get("steps_per_second"):
-        parts.append(f"{format_number(progress['steps_per_second'])} steps/s")
-    elif going and progress.get("per_second"):
-        parts.append(f"{format_number(progress['per_second'])} {progress['name']}/s")
-    lines = [f"resources   {', '.join(part for part in parts if part)}"]
-    for gpu in used.get("gpus") or []:
-        busy, most = gpu.get("mean_utilization_percent"), gpu.get("peak_memory_mb")
-        told = [f"{gpu.get('name')}:"]
-        told.append("memory unknown" if most is None else f"peak {most:.0f} MiB ({gpu['memory_source']}),")
-        told.append("activity unknown" if busy is None else f"something ran on it {busy:.0f} % of the time")
-        lines.append(f"gpu         {' '.join(told)}")
-    return lines
+    return ", ".join(parts)
+
+
+def _rates(progress: dict[str, Any]) -> list[str]:
+    told = []
+    for key, unit in (
+        ("samples_per_second", "samples"),
+        ("steps_per_second", "steps"),
+        ("per_second", progress.get("name")),
+    ):
+        if progress.get(key):
+            told.append(f"{format_number(progress[key])} {unit}/s")
+    return told
+
+
+def _gpu_text(gpu: dict[str, Any], now: dict[str, Any] | None) -> str:
+    """One device over the whole attempt, and at this moment."""
+    busy, most = gpu.get("mean_utilization_percent"), gpu.get("peak_memory_mb")
+    told = [f"{gpu.get('name')}: "]
+    told.append("memory unknown" if most is None else f"peak {most:.0f} MiB ({gpu['memory_source']})")
+    told.append(", activity unknown" if busy is None else f", something ran on it {busy:.0f} % of the time")
+    if now is not None and now.get("utilization_percent") is not None:
+        told.append(f", now {now['utilization_percent']} %")
+    return "".join(told)
 
 
 def mlflow_text(shown: dict[str, Any]) -> list[str]:
