@@ -6,6 +6,7 @@ Runs are processes of their own: whatever ends the server, they go on. So it may
 from __future__ import annotations
 
 import inspect
+import os
 import signal
 from typing import Any
 
@@ -13,6 +14,7 @@ from mcp.server.mcpserver import MCPServer
 from mcp_types import ToolAnnotations
 
 import grd
+from grd import contract
 from grd.interfaces.mcp import tools
 
 INSTRUCTIONS = """\
@@ -52,6 +54,7 @@ def serve() -> None:
 
     The SDK keeps both to itself: what else reads stdin finds nothing, what else prints goes to stderr.
     """
+    os.environ[contract.ENV_NONINTERACTIVE] = "1"  # a question would reach nobody
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
         # Nothing needs to be tidied up, and Python's own handling would wait for the thread that reads stdin.
         signal.signal(signum, signal.SIG_DFL)
