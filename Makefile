@@ -60,7 +60,7 @@ test-mcp: $(MCP)/.installed  ## grd mcp with the SDK's own client, in memory and
 
 recipes-full: $(VENV)/.installed-dev $(MCP)/.installed  ## the recipes for agents at full length: 90 s of training, calls of 20 s
 	GRD_TEST_TRAINING_SECONDS=90 GRD_TEST_CALL_SECONDS=20 $(PY) -m pytest -n 2 --dist load tests/test_agents.py
-	GRD_TEST_TRAINING_SECONDS=90 GRD_TEST_CALL_SECONDS=20 $(MCP)/bin/python -m pytest tests/test_mcp.py -k calls
+	GRD_TEST_TRAINING_SECONDS=90 GRD_TEST_CALL_SECONDS=20 $(MCP)/bin/python -m pytest tests/test_mcp.py -k short_calls
 
 wheel-test: $(VENV)/.installed-dev  ## build the wheel and use it in an empty venv
 	$(PY) -m pytest -m wheel

@@ -209,11 +209,14 @@ def test_an_interrupted_run_goes_on_by_the_call_that_the_wait_names(agent: Agent
 
 
 def test_a_failed_run_goes_on_with_the_corrected_notebook(in_memory: Agent, project: Project) -> None:
-    project.notebook("train.ipynb", TRAIN + "\n1 / 0", parameters=PARAMETERS)
+    project.notebook("train.ipynb", TRAIN, "raise ZeroDivisionError('x' * 50_000)", parameters=PARAMETERS)
     ended = in_memory.wait(in_memory.call("run_start", notebook="train.ipynb", timeout="1h"))
     assert (ended["runs"][0]["state"], ended["next"]["tool"]) == ("failed", "run_logs")
-    logs = in_memory.go_on(ended)
-    assert "ZeroDivisionError" in logs["text"]
+    assert "ZeroDivisionError: xxx" in ended["runs"][0]["detail"]
+    assert len(json.dumps(ended)) < 5_000
+    logs = in_memory.call("run_logs", run=ended["runs"][0]["run_id"], max_bytes=10**9)
+    assert logs == in_memory.go_on(ended, max_bytes=10**9)
+    assert "xxx" in logs["text"]
     assert "\x1b" not in logs["text"]
     assert "run_resume with that notebook" in ended["next"]["why"]
     project.notebook("fixed.ipynb", TRAIN, parameters=PARAMETERS)

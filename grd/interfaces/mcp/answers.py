@@ -14,6 +14,7 @@ LONGEST_WAIT_SECONDS = 50.0
 
 LOG_BYTES = 10_000
 MOST_LOG_BYTES = 30_000
+MOST_DETAIL = 1_000
 MOST_RUNS = 20
 MOST_EPOCHS = 50
 
@@ -47,7 +48,7 @@ _NEXT_HERE: tuple[tuple[type[Exception], str], ...] = (
 
 def of_run(shown: Mapping[str, Any]) -> dict[str, Any]:
     """What `status_of` says of a run, as far as it helps an agent, with ``next``."""
-    told = {name: shown.get(name) for name in _SHOWN}
+    told = _short({name: shown.get(name) for name in _SHOWN})
     if "heartbeat_seconds" in shown:
         told["heartbeat_seconds"] = shown["heartbeat_seconds"]
     return {**told, "next": next_call(shown)}
@@ -67,9 +68,18 @@ def of_project(
 
 def _group(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     runs = [
-        {**{name: run.get(name) for name in _LISTED}, "next": next_call(run)} for run in group[:MOST_RUNS]
+        {**_short({name: run.get(name) for name in _LISTED}), "next": next_call(run)}
+        for run in group[:MOST_RUNS]
     ]
     return {"runs": runs, "left_out": len(group) - len(runs)}
+
+
+def _short(told: dict[str, Any]) -> dict[str, Any]:
+    """An error's text can be a whole table; run_logs has it."""
+    detail = told["detail"]
+    if detail is None or len(detail) <= MOST_DETAIL:
+        return told
+    return {**told, "detail": f"{detail[:MOST_DETAIL]} ... ({len(detail) - MOST_DETAIL} characters left out)"}
 
 
 def next_call(shown: Mapping[str, Any]) -> dict[str, Any]:
