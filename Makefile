@@ -56,7 +56,7 @@ test-mlflow: $(MLFLOW)/.installed  ## runs sent to a real MLflow: its sqlite sto
 	$(MLFLOW)/bin/python -m pytest -n 2 --dist load -m mlflow
 
 test-mcp: $(MCP)/.installed  ## grd mcp with the SDK's own client, in memory and over stdio
-	$(MCP)/bin/python -m pytest -n 2 --dist load -m mcp
+	$(MCP)/bin/python -m pytest -n 2 --dist load -m mcp tests/test_mcp.py
 
 recipes-full: $(VENV)/.installed-dev $(MCP)/.installed  ## the recipes for agents at full length: 90 s of training, calls of 20 s
 	GRD_TEST_TRAINING_SECONDS=90 GRD_TEST_CALL_SECONDS=20 $(PY) -m pytest -n 2 --dist load tests/test_agents.py
