@@ -7,8 +7,8 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import stat
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -41,16 +41,17 @@ def atomic_write(path: Path, data: bytes | str | Iterable[bytes], *, durable: bo
     try:
         mode = stat.S_IMODE(target.stat().st_mode)
     except FileNotFoundError:
-        umask = os.umask(0)
-        os.umask(umask)
-        mode = 0o666 & ~umask
-    fd, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    temporary = Path(name)
+        mode = None
+    # Not by mkstemp: reading the umask for a new file's mode changes it for all threads for a moment.
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    fd = os.open(temporary, flags, 0o666 if mode is None else 0o600)
     try:
         with os.fdopen(fd, "wb") as stream:
             write_pieces(stream, data)
             stream.flush()
-            os.fchmod(stream.fileno(), mode)
+            if mode is not None:
+                os.fchmod(stream.fileno(), mode)
             if durable:
                 os.fsync(stream.fileno())
         temporary.replace(target)

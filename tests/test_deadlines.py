@@ -16,6 +16,10 @@ STARTED_AND_NOT_WAITED_FOR = {
     "execution/guarded_kernel.py": "the guardian ends the kernel at its deadline",
     "execution/command_process.py": "run_with_timeout: the guardian, or `look`, keeps the limit",
     "hardware/facts.py": "waited for with communicate(timeout=...)",
+    "tracking/mlflow/follower.py": "it ends itself, a minute after the run at the latest",
+}
+WAITED_FOR_WITHOUT_LIMIT = {
+    "steps/run.py": "the runner keeps the deadline of its run itself; a thread waits, and nobody for that",
 }
 STARTERS = {"Popen", "launch_kernel"}
 WAITERS = {"run", "call", "check_call", "check_output", "communicate"}
@@ -42,7 +46,13 @@ def without_deadline(name: str, source: str) -> list[str]:
         unlimited = bool(
             (waits_for_a_process and not limited)
             # of processes, threads' events and conditions alike
-            or (function == "wait" and owner and not call.args and not limited)
+            or (
+                function == "wait"
+                and owner
+                and not call.args
+                and not limited
+                and name not in WAITED_FOR_WITHOUT_LIMIT
+            )
             or (function in FORBIDDEN and owner in ("os", "subprocess"))
             or (function in STARTERS and owner != "super()" and name not in STARTED_AND_NOT_WAITED_FOR)
         )

@@ -16,11 +16,13 @@ from click.testing import CliRunner
 from conftest import Project
 
 import grd
+from grd.errors import UsageError
 from grd.interfaces.cli import exit_codes
+from grd.interfaces.cli.answer import Surface
 from grd.interfaces.cli.main import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("papermill", "nbclient", "torch", "mlflow", "pandas", "dask", "IPython", "ipykernel", "numpy")
+HEAVY = ("papermill", "nbclient", "torch", "mlflow", "mcp", "pandas", "dask", "IPython", "ipykernel", "numpy")
 
 
 def run_python(code: str, folder: Path, *options: str) -> str:
@@ -165,6 +167,30 @@ def test_every_command_explains_itself() -> None:
         assert runner.invoke(cli, [name, "--help"]).exit_code == 0
         for option in command.params:
             assert not isinstance(option, click.Option) or option.help, f"{name} {option.opts}"
+
+
+@pytest.mark.parametrize("missing", ["mcp", "mcp.server.mcpserver"])
+def test_mcp_without_its_package_or_with_an_old_one_is_one_line(
+    missing: str, project: Project, tmp_path: Path
+) -> None:
+    """Version 1 of the SDK has a package ``mcp``, and not what version 2 is imported from."""
+    package = tmp_path / "site" / "mcp"
+    (package / "server").mkdir(parents=True)
+    absent = "raise ModuleNotFoundError('no module named mcp', name='mcp')"
+    (package / "__init__.py").write_text(absent if missing == "mcp" else "")
+    (package / "server" / "__init__.py").write_text("")
+    done = project.grd("mcp", env={"PYTHONPATH": str(tmp_path / "site")})
+    assert (done.code, done.out) == (69, "")
+    assert len(done.err.splitlines()) == 1
+    assert "pip install 'grd-notebooks[mcp]'" in done.err
+
+
+def test_mcp_takes_no_project_that_is_not_there_and_is_not_served_from_a_notebook(project: Project) -> None:
+    done = project.grd("mcp", "--project", "nowhere")
+    assert done.code == 2
+    assert "nowhere" in done.err
+    with pytest.raises(UsageError, match="in a shell"):
+        cli.main(["mcp"], standalone_mode=False, obj=Surface(prints=False))
 
 
 def test_a_misspelt_command_is_answered_with_the_nearest_one(project: Project) -> None:

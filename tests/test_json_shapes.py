@@ -93,6 +93,7 @@ def test_the_commands_for_other_tools_print_the_documented_fields(project: Proje
         fields
     ]
     check(project.grd("kernelspec", "remove", *place).json, "grd.kernelspec-remove/1")
+    check(project.grd("skill", "install", "--json").json, "grd.skill-install/1")
 
 
 def test_explore_prints_the_documented_fields(project: Project) -> None:

@@ -104,8 +104,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installe
 
 def test_the_wheel_ships_every_template_and_notebook_and_no_test(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    for folder, pattern in (("templates", "*.j2"), ("notebooks", "*.ipynb")):
-        ours = {f"grd/{folder}/{path.name}" for path in (ROOT / folder).glob(pattern)}
+    for folder, pattern in (("templates", "*.j2"), ("templates", "*.md"), ("notebooks", "*.ipynb")):
+        ours = {f"grd/{path.relative_to(ROOT)}" for path in (ROOT / folder).rglob(pattern)}
         assert ours
         assert ours <= names
     assert "grd/py.typed" in names
@@ -147,6 +147,13 @@ def test_the_installed_explorer_writes_the_report(installed: Installed) -> None:
     report = (installed.folder / "reports/DATA_REPORT.md").read_text()
     headings = [line for line in report.splitlines() if line.startswith("#")]
     assert headings[:5] == ["## Hardware Profile", "### CPU", "### Memory", "### Disk", "### GPU"]
+
+
+def test_the_installed_skill_is_the_shipped_one_and_mcp_names_what_it_needs(installed: Installed) -> None:
+    assert installed.ok("grd", "skill", "show") == (ROOT / "templates/skills/grd/SKILL.md").read_text()
+    done = installed.run("grd", "mcp")
+    assert (done.returncode, done.stdout) == (69, "")
+    assert "pip install 'grd-notebooks[mcp]'" in done.stderr
 
 
 def test_the_installed_researcher_completes_a_notebook(installed: Installed) -> None:

@@ -1,1 +1,1 @@
-"""The surfaces: command line now, Jupyter and MCP later."""
+"""The surfaces: command line, Jupyter, MCP."""

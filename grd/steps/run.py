@@ -137,6 +137,11 @@ class Run:
 
         return follow(self._folder, self._process, since=self._end_of_events(), seconds=timeout, listen=False)
 
+    def reap(self) -> None:
+        """Wait for the end of the runner, where this process started it, so that no zombie stays."""
+        if self._process is not None:
+            self._process.wait()
+
     async def await_end(self, timeout: float | None = None) -> bool:
         """`wait` for an event loop: nothing is blocked meanwhile."""
         from grd.steps.following import POLL_SECONDS, is_under_way

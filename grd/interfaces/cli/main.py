@@ -40,6 +40,8 @@ _COMMANDS = {
     "benchmark": ("grd.interfaces.cli.machine", "benchmark", "Measure this machine for five seconds."),
     "recover": ("grd.interfaces.cli.recover", "recover", "Rebuild a notebook whose papermill was killed."),
     "mlflow": ("grd.interfaces.cli.mlflow", "mlflow", "Send runs to MLflow afterwards."),
+    "mcp": ("grd.interfaces.cli.mcp", "mcp", "Tools for agents, for an MCP client to start."),
+    "skill": ("grd.interfaces.cli.skill", "skill", "What an agent should know, as a skill file."),
     "kernelspec": ("grd.interfaces.cli.kernelspec", "kernelspec", "A kernel for tools without engines."),
     "config": ("grd.interfaces.cli.config", "config", "The settings in force and where they come from."),
 }

@@ -1,0 +1,1 @@
+"""The tools of an MCP server: what an agent does with runs. Imported by ``grd mcp`` alone."""
