@@ -21,6 +21,7 @@ from grd.runs.folder import RunFolder, new_run_id
 from grd.runs.model import Attempt, RunRecord, now_iso
 from grd.settings import Settings, find_project_root, load_settings
 from grd.steps import keys
+from grd.steps.estimator import estimate_request
 from grd.steps.request import (
     Limits,
     Request,
@@ -191,6 +192,7 @@ def _create(
     """
     shown_name = name or Path(request.source.location.split("?")[0]).stem
     elsewhere = Path(checkpoint_dir).expanduser().resolve() if checkpoint_dir else None
+    estimate = estimate_request(request, runs_dir).to_record()
     folder, staging = _reserve(runs_dir, shown_name)
     run_id = folder.run_id
     checkpoints = elsewhere or folder.checkpoints
@@ -218,6 +220,7 @@ def _create(
         warnings=list(request.warnings),
         folder=str(folder.path),
         mlflow=mlflow,
+        estimate=estimate,
         key=key,
         on_end=on_end,
         grd_version=grd.__version__,
