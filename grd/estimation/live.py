@@ -18,12 +18,16 @@ PROBE_LONGEST_SECONDS = 60.0
 """Whoever is to agree to a long run must not wait longer, whatever the steps take."""
 
 
+SHORTEST_REST_SECONDS = 1.0
+"""Reports are a quarter of a second apart: how long a shorter rest took is not known well enough."""
+
+
 def is_probed(pace: Pace, moment: Moment, total: float) -> bool:
     """Whether the first steps up to ``moment`` are enough to speak of the rest."""
     elapsed, done = moment.t - pace.first.t, moment.n - pace.first.n
     if done <= 0:
         return False
-    if elapsed >= PROBE_LONGEST_SECONDS or moment.n >= total:
+    if elapsed >= PROBE_LONGEST_SECONDS:
         return True
     steps = done * (pace.steps or 1)
     enough = done >= PROBE_SHARE * (total - pace.first.n)
@@ -52,6 +56,8 @@ def progress_with_interval(view: LiveView, estimate: Mapping[str, Any] | None) -
     if left is None:
         return {**progress, "eta_basis": "nothing was measured yet"}
     elapsed = pace.now.t - pace.first.t
+    if left == 0:
+        return {**progress, "eta_low_seconds": 0.0, "eta_high_seconds": 0.0, "eta_basis": "it is done"}
     if probe_of(pace, total) is None:
         basis = f"the first {elapsed:.0f} s; too little for an interval yet"
         return {**progress, "eta_basis": basis}
@@ -69,8 +75,8 @@ def progress_with_interval(view: LiveView, estimate: Mapping[str, Any] | None) -
 def probe_result(view: LiveView) -> dict[str, Any] | None:
     """What the probe of the loop that was shown last has predicted, and what came of it.
 
-    None unless the loop went to its end and was longer than its probe. Keys: name, after_seconds (from the
-    attempt's first report), remaining_seconds (predicted), took_seconds (real).
+    None unless the loop went to its end, and was longer than its probe by a second. Keys: name,
+    after_seconds (from the attempt's first report), remaining_seconds (predicted), took_seconds (real).
     """
     progress = view.progress
     if progress is None or not isinstance(progress["total"], int | float):
@@ -80,7 +86,7 @@ def probe_result(view: LiveView) -> dict[str, Any] | None:
         return None
     moment = probe_of(pace, total)
     predicted = None if moment is None else pace.remaining(total, moment)
-    if moment is None or not predicted or pace.now.t <= moment.t:
+    if moment is None or predicted is None or predicted < SHORTEST_REST_SECONDS:
         return None
     return {
         "name": progress["name"],

@@ -141,10 +141,11 @@ def _rate(profile: Mapping[str, Any], dtype: str, reasons: dict[str, str]) -> tu
     gpu = _gpu(profile)
     name = str(gpu.get("name")) if gpu else None
     measured = _measured(profile, dtype, name)
+    if name is None:
+        reasons["gpu_tflops"] = "there is no GPU"
     if measured is not None:
         return measured, f"{measured:.3g} TFLOP/s of {dtype} as `grd benchmark` measured"
     if name is None:
-        reasons["gpu_tflops"] = "there is no GPU"
         reasons["rate"] = f"how fast this processor is in {dtype} was not measured; see: grd benchmark"
         return None, "the processor's rate is not known"
     peak = peak_tflops(name, dtype)
