@@ -605,12 +605,8 @@ def test_a_damaged_record_hides_only_its_own_run(tmp_path: Path, damage: str) ->
     assert estimate(runs).n_runs == 1
 
 
-def test_a_thousand_runs_are_read_in_less_than_a_second(tmp_path: Path) -> None:
-    padding = {"warnings": ["x" * 100] * 30}
-    runs = write_runs(tmp_path, *[run_json(**padding) for _ in range(1000)])
-    took = []
-    for _ in range(3):
-        began = time.perf_counter()
-        assert estimate(runs).n_runs == 5
-        took.append(time.perf_counter() - began)
-    assert min(took) < 1.0, took
+def test_a_thousand_runs_cost_less_than_a_second_of_processor_time(tmp_path: Path) -> None:
+    runs = write_runs(tmp_path, *[run_json(warnings=["x" * 100] * 30) for _ in range(1000)])
+    began = time.process_time()
+    assert estimate(runs).n_runs == 5
+    assert time.process_time() - began < 1.0
