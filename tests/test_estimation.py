@@ -326,10 +326,11 @@ def test_a_second_pass_over_data_in_an_epoch_is_no_other_loop() -> None:
     for event in training(10, 200, 0.1, 10.0):
         if event["t"] > 75:
             break
+        if event["kind"] == "progress" and "step" not in event and event["n"] > 0:
+            for step in range(1, 6):  # validation with epoch.steps, before the end of the epoch is told
+                share = {"n": event["n"] - 1 + step / 5, "step": step, "steps": 5}
+                view.take({**event, **share, "t": event["t"] - 5 + step})
         view.take(event)
-        if event.get("step") == 200:  # validation with epoch.steps, at the end of an epoch
-            for step in range(1, 5):
-                view.take({**event, "n": event["n"] - 1 + step / 5, "step": step, "steps": 5})
     assert shown(view)["eta_seconds"] == pytest.approx(300 - 75, rel=0.02)
 
 
@@ -342,11 +343,17 @@ def test_work_that_a_resume_skipped_is_no_speed_and_what_epochs_end_with_is_stil
     assert shown(view)["eta_seconds"] == pytest.approx(left, rel=0.05)
     fresh = seen(training(10, 200, 0.1, 10.0, start=1000.0, first=2, done=150), 1004.0)
     assert shown(fresh)["eta_seconds"] == pytest.approx(left - 80, rel=0.05), "without its first attempt"
+    assert shown(fresh)["per_second"] == pytest.approx(1 / 20, rel=0.1)
 
 
 def test_a_slow_start_is_counted_once() -> None:
     view = seen(training(10, 200, 0.1, warm_up=60.0), 75.0)
     assert shown(view)["eta_seconds"] == pytest.approx(200 - 15, rel=0.02)
+    bar = LiveView()
+    for n in range(50):
+        t = 0.0 if n == 0 else 60.0 + n
+        bar.take({"kind": "progress", "name": "bar", "n": n, "total": 100, "t": t})
+    assert shown(bar)["eta_seconds"] == pytest.approx(51)
 
 
 def test_what_holds_steps_up_now_and_then_is_part_of_the_time() -> None:
