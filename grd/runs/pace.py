@@ -7,8 +7,8 @@ kept apart: between two steps, and at the end of a unit, where validation and ch
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 WARM_UP_REPORTS = 6
 """From so many reports on the first interval is left out: data loaders start in it, and code is compiled."""
@@ -17,8 +17,7 @@ SPACING = 1.1
 """Each moment that is kept is so many times as far from the start as the one before: 130 for ten days."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Moment:
+class Moment(NamedTuple):
     """What had been seen at one report. Cumulative, of this attempt only."""
 
     t: float
@@ -72,11 +71,11 @@ class Pace:
         unit, share = found
         if unit < before.unit:
             return False
-        if isinstance(event.get("steps"), int) and event["steps"] > 0:
-            self.steps = event["steps"]
         t = max(before.t, _time_of(event))
         # A second pass over data in the same unit, such as a validation, is part of the unit's end.
         n = max(before.n, unit + share)
+        if n > before.n and isinstance(event.get("steps"), int) and event["steps"] > 0:
+            self.steps = event["steps"]
         stepped = unit == before.unit < before.n < n
         self.now = Moment(
             t=t,
@@ -89,7 +88,7 @@ class Pace:
         )
         if self.skips:
             self.skips = False
-            self.first = self.now = replace(self.now, ends=0, reports=1)
+            self.first = self.now = self.now._replace(ends=0, reports=1)
         elif self.warm is None:
             self.warm = self.now
         elapsed = t - self.first.t
@@ -144,27 +143,19 @@ class Pace:
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Pace:
         """The pace that `to_dict` gave. Raises TypeError for anything else."""
-        warm = value["warm"]
-        return cls(
-            **{
-                **value,
-                "first": Moment(**value["first"]),
-                "now": Moment(**value["now"]),
-                "warm": None if warm is None else Moment(**warm),
-                "moments": [Moment(**moment) for moment in value["moments"]],
-            }
-        )
+        moments = {name: value[name] and Moment(*value[name]) for name in ("first", "now", "warm")}
+        return cls(**{**value, **moments, "moments": [Moment(*moment) for moment in value["moments"]]})
 
 
 def _time_of(event: dict[str, Any]) -> float:
     t = event.get("t")
-    return float(t) if isinstance(t, int | float) else 0.0
+    return float(t) if isinstance(t, (int, float)) else 0.0
 
 
 def _position(event: dict[str, Any]) -> tuple[int, float] | None:
     """The unit under way and the share of it that is done; None if ``n`` is no number."""
     n, step, steps = event.get("n"), event.get("step"), event.get("steps")
-    if isinstance(n, bool) or not isinstance(n, int | float) or not math.isfinite(n):
+    if isinstance(n, bool) or not isinstance(n, (int, float)) or not math.isfinite(n):
         return None
     if isinstance(step, int) and isinstance(steps, int) and 0 < step <= steps:
         # ``n`` is rounded, and after the last step it is already that of the next unit.
