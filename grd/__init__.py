@@ -12,6 +12,8 @@ _PUBLIC = {
     "Run": "grd.steps.run",
     "aresearch": "grd.steps.awaiting",
     "aresume": "grd.steps.awaiting",
+    "estimate_eda_duration": "grd.estimation.eda",
+    "estimate_training_duration": "grd.estimation.training",
     "explore": "grd.steps.explorer",
     "list_runs": "grd.steps.run",
     "research": "grd.steps.researcher",
@@ -26,6 +28,8 @@ __all__ = [
     "__version__",
     "aresearch",
     "aresume",
+    "estimate_eda_duration",
+    "estimate_training_duration",
     "explore",
     "list_runs",
     "research",
@@ -36,6 +40,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from grd.errors import GrdError
+    from grd.estimation.eda import estimate_eda_duration
+    from grd.estimation.training import estimate_training_duration
     from grd.execution.command import run_with_timeout
     from grd.steps.awaiting import aresearch, aresume
     from grd.steps.explorer import explore

@@ -120,8 +120,8 @@ class Settings:
     """Report the Explorer writes its section into, relative to the project root."""
     default_timeout: float = contract.DEFAULT_TIMEOUT_SECONDS
     """Cap on all attempts of a run together while nobody has agreed to more."""
-    long_running_threshold: float = 600.0
-    """A run that may take longer needs somebody's agreement."""
+    long_running_threshold: float = contract.LONG_RUNNING_SECONDS
+    """A run that may take longer, by the upper end of its estimate, needs somebody's agreement."""
     grace: float = contract.DEFAULT_GRACE_SECONDS
     """Time from a stop request to SIGKILL."""
     start_timeout: float = contract.DEFAULT_START_TIMEOUT_SECONDS

@@ -282,3 +282,75 @@ def test_revoke_and_approvals_name_what_is_not_there(strict: Project) -> None:
     assert f"grd revoke {given['id']}" in shown
     assert "granted" in strict.grd("approvals", "--log").out
     assert strict.grd("revoke", "--all", "--json").json["grants"][0]["state"] == "revoked"
+
+
+@pytest.fixture
+def known(strict: Project) -> Project:
+    """A project in which a short run has shown how long a long one would take."""
+    strict.notebook(
+        "steps.ipynb",
+        "import time\nfrom grd.experiment import training\n"
+        "for epoch in training.epochs(epochs, state={}, checkpoint_dir=checkpoint_dir, resume=resume):\n"
+        "    time.sleep(seconds)\n    epoch.log(n=float(epoch))",
+        parameters=PARAMETERS,
+    )
+    done = strict.grd("research", "steps.ipynb", "-p", "epochs", "4", "-p", "seconds", "0.5")
+    assert done.code == 0, done.err
+    return strict
+
+
+LONG_RUN = ("research", "steps.ipynb", "-p", "epochs", "100000", "-p", "seconds", "0.5", "--detach", "--json")
+
+
+def newest(project: Project) -> dict[str, Any]:
+    record = json.loads((project.run_folders()[-1] / "run.json").read_text())
+    assert project.grd("stop", record["run_id"], "--now").code == 0
+    return dict(record)
+
+
+def test_a_person_is_shown_the_estimate_and_asked_once(known: Project) -> None:
+    asked = at_terminal(known, *LONG_RUN, typed="y\n")
+    assert asked.code == 0, asked.err
+    assert asked.err.count("y (yes, this run)") == 1
+    assert "may take long: about" in asked.err
+    assert "scaled from epochs 4 to 100000" in asked.err
+    record = newest(known)
+    assert record["budget"]["agreed"] == "typed"
+    assert record["budget"]["seconds"] >= record["estimate"]["high_seconds"]
+    (entry,) = log(known)
+    assert (entry["kind"], entry["estimate"]["method"]) == ("typed", record["estimate"]["method"])
+
+
+def test_a_no_starts_nothing_and_is_written_down(known: Project) -> None:
+    for typed in ("n\n", "\n", "what\never\nno\n"):
+        before = known.run_folders()
+        declined = at_terminal(known, *LONG_RUN, typed=typed)
+        assert declined.code == 77, declined.err
+        assert known.run_folders() == before
+    assert [entry["kind"] for entry in log(known)] == ["declined"] * 3
+
+
+def test_capped_it_gets_what_nobody_needs_to_agree_to(known: Project) -> None:
+    assert at_terminal(known, *LONG_RUN, typed="c\n").code == 0
+    record = newest(known)
+    assert (record["budget"]["agreed"], record["budget"]["seconds"]) == ("default", 600)
+    assert log(known) == []
+
+
+def test_a_time_is_taken_as_it_is_typed_and_a_session_is_a_grant(known: Project) -> None:
+    assert at_terminal(known, *LONG_RUN, typed="soon\n2h\n").code == 0
+    assert newest(known)["budget"]["seconds"] == 7200
+    assert at_terminal(known, *LONG_RUN, typed="s\n").code == 0
+    assert newest(known)["budget"]["agreed"] == "grant"
+    again = at_terminal(known, *LONG_RUN)  # nobody is asked again in this session
+    assert again.code == 0, again.err
+    assert "yes, this run" not in again.err
+    assert newest(known)["budget"]["agreed"] == "grant"
+
+
+def test_where_nobody_is_a_long_estimate_starts_with_the_default_cap(known: Project) -> None:
+    started = known.grd(*LONG_RUN)
+    assert started.code == 0, started.err
+    record = newest(known)
+    assert record["estimate"]["high_seconds"] > 600
+    assert (record["budget"]["agreed"], record["budget"]["seconds"]) == ("default", 600)

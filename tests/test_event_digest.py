@@ -7,7 +7,7 @@ from pathlib import Path
 
 from conftest import Project
 
-from grd.runs.events import DIGEST_BYTES, Digest, view_of
+from grd.runs.events import DIGEST_BYTES, DIGEST_SCHEMA, Digest, view_of
 from grd.runs.folder import RunFolder
 
 
@@ -52,7 +52,13 @@ def test_a_digest_that_does_not_fit_its_events_is_passed_over(tmp_path: Path) ->
     folder.events.unlink()
     write_events(folder.events, 6000, start=7)
     truth = view_of(folder)
-    for damaged in (digest, digest[:50], b"", b"[1]", digest.replace(b"grd.digest/2", b"grd.digest/9")):
+    for damaged in (
+        digest,
+        digest[:50],
+        b"",
+        b"[1]",
+        digest.replace(DIGEST_SCHEMA.encode(), b"grd.digest/99"),
+    ):
         folder.digest.write_bytes(damaged)
         assert view_of(folder) == truth
 

@@ -48,7 +48,13 @@ def loaded_by(code: str, folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "code", ["import grd", "import grd.experiment", "import grd.hardware", "from grd import Run, status"]
+    "code",
+    [
+        "import grd",
+        "import grd.experiment",
+        "import grd.hardware",
+        "from grd import Run, estimate_eda_duration, estimate_training_duration, status",
+    ],
 )
 def test_importing_costs_no_heavy_package(code: str, tmp_path: Path) -> None:
     assert loaded_by(code, tmp_path) == set()
@@ -86,6 +92,7 @@ def test_looking_at_a_run_costs_no_heavy_package(project: Project) -> None:
         ["stop", "last"],
         ["gc", "--dry-run"],
         ["config", "show"],
+        ["estimate", "plain.ipynb"],
     ):
         assert loaded_by(in_process(arguments), project.path) == set(), arguments
 

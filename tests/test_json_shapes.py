@@ -41,9 +41,25 @@ def check(shown: dict[str, Any], schema: str) -> None:
 def test_every_command_prints_the_documented_fields(project: Project) -> None:
     project.notebook("train.ipynb", TRAIN, parameters=PARAMETERS)
     project.notebook("bad.ipynb", "1 / 0")
+    guess = project.grd("estimate", "train.ipynb", "--json").json
+    check(guess, "grd.estimate/1")
     ended = project.grd("research", "train.ipynb", "--json")
     check(ended.json, "grd.run/1")
     assert set(ended.json["attempts"][0]) == documented_of_attempts()
+    kept = ended.json["estimate"]
+    told_before = set(guess) & {
+        "seconds",
+        "low_seconds",
+        "high_seconds",
+        "method",
+        "basis",
+        "confidence",
+        "n_runs",
+    }
+    assert set(kept) == told_before | {"code_sha256", "speed_mbs", "live_factor", "live_runs", "probe"}
+    page = PAGE.read_text()
+    assert all(f"`{name}`" in page for name in kept)
+    assert all(name in page for name in ended.json["progress"])
     assert project.grd("research", "bad.ipynb").code == 1
     check(project.grd("status", "last", "--json").json, "grd.run/1")
     overview = project.grd("status", "--json").json

@@ -22,6 +22,7 @@ from typing import Any
 from grd import contract
 from grd.agreement.use import GrantInUse
 from grd.errors import GrdError
+from grd.estimation.live import probe_result
 from grd.execution.outcome import Outcome, storage_cause
 from grd.execution.slow_imports import import_jsonschema
 from grd.execution.stopping import Stopper
@@ -331,6 +332,8 @@ class Runner:
         record.resumable = contract.is_resumable(outcome.state, outcome.cause)
         record.resume_command = resume_command(record)
         record.progress, record.metrics = view.progress, view.metrics
+        if record.estimate is not None and (probe := probe_result(view)) is not None:
+            record.estimate["probe"] = probe
         record.checkpoint = view.checkpoint or record.checkpoint
         record.warnings = [*record.warnings, *(w for w in view.warnings if w not in record.warnings)]
         with contextlib.suppress(OSError, ValueError):

@@ -66,6 +66,13 @@ def peaks_of(name: str) -> Peaks | None:
     return next((row for pattern, row in peak_table() if pattern.fullmatch(short)), None)
 
 
+def number_type(dtype: str) -> str | None:
+    """``dtype`` as one of `DTYPES`; torch's spelling too ("torch.bfloat16"). None for any other."""
+    spelled = str(dtype).strip().lower().removeprefix("torch.")
+    known = _SPELLINGS.get(spelled, spelled)
+    return known if known in DTYPES else None
+
+
 def peak_tflops(name: str, dtype: str) -> float | None:
     """The datasheet's dense TFLOP/s of the device called ``name`` in ``dtype``; None where it is not known.
 
@@ -76,5 +83,5 @@ def peak_tflops(name: str, dtype: str) -> float | None:
     row = peaks_of(name)
     if row is None:
         return None
-    spelled = str(dtype).strip().lower().removeprefix("torch.")
-    return row.tflops.get(_SPELLINGS.get(spelled, spelled))
+    kind = number_type(dtype)
+    return None if kind is None else row.tflops[kind]

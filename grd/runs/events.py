@@ -18,11 +18,15 @@ from typing import Any
 from grd import contract
 from grd.files import JsonLines, atomic_write, read_json, read_json_lines
 from grd.runs.folder import RunFolder
+from grd.runs.pace import Pace
+
+PACES_KEPT = 8
+"""Loops whose pace is known at a time; a notebook may have many, one after another."""
 
 DIGEST_BYTES = 256 * 1024
 """A digest is worth it when so much is new: some 2,000 events, which take 10 ms to read."""
 
-DIGEST_SCHEMA = "grd.digest/2"
+DIGEST_SCHEMA = "grd.digest/3"
 """To be counted up when `LiveView` sees other things in the same events."""
 
 _TAIL_BYTES = 64
@@ -72,8 +76,10 @@ class LiveView:
     state: dict[str, Any] | None = None
     """The newest event of kind ``state``."""
     offset: int = 0
-    _started: dict[str, tuple[float, float]] = field(default_factory=dict)
-    _reached: dict[str, float] = field(default_factory=dict)
+    paces: dict[str, Pace] = field(default_factory=dict)
+    """How fast each loop of this attempt goes, by name; inner loops are left out."""
+    _ends: dict[str, float] = field(default_factory=dict)
+    _inside: bool = False
     _counted: dict[str, dict[str, float]] = field(default_factory=dict)
     """By progress: the time ``t`` and the counts that this attempt first told."""
 
@@ -95,34 +101,42 @@ class LiveView:
         elif kind == contract.EVENT_STATE:
             self.state = event
             if event.get("state") == contract.RUNNING:
-                self._started.clear()
-                self._reached.clear()
+                ends = {name: pace.end_seconds() for name, pace in self.paces.items()}
+                self._ends.update({name: seconds for name, seconds in ends.items() if seconds is not None})
+                self.paces.clear()
+                self._inside = False
                 self._counted.clear()
                 self.cell = None
+        elif kind == contract.EVENT_RESUME:
+            self._inside = event.get("step") is not None
 
     def _take_progress(self, event: dict[str, Any]) -> None:
         name, n, total = str(event.get("name")), event.get("n"), event.get("total")
-        if not isinstance(n, (int, float)):
-            return
-        now = float(event["t"]) if isinstance(event.get("t"), (int, float)) else 0.0
-        # Work that a resumed attempt skipped is no speed: the rate counts from what this attempt first said.
-        start_n, start_t = self._started.setdefault(name, (float(n), now))
-        if n < self._reached.get(name, n):  # counted from the start again: another loop of this name
-            start_n, start_t = self._started[name] = (float(n), now)
-        self._reached[name] = float(n)
-        eta = per_second = None
-        if n > start_n and now > start_t:
-            per_second = (n - start_n) / (now - start_t)
-            if isinstance(total, (int, float)):
-                eta = round((total - n) / per_second, 1)
         previous = self.progress
-        if previous and name != previous["name"] and (event.get("within") == previous["name"]):
+        if previous and name != previous["name"] and event.get("within") == previous["name"]:
             return  # steps inside an epoch do not hide the epochs
+        # Work that a resumed attempt skipped is no speed: a pace counts from what this attempt first said.
+        pace = self.paces.get(name)
+        if pace is None or not pace.take(event):
+            pace = Pace.begin(event, earlier_end=self._ends.get(name), skips=self._inside)
+            if pace is None:
+                return
+            self.paces.pop(name, None)  # so that the newest stand last
+            self.paces[name] = pace
+            self._inside = False
+            for oldest in list(self.paces)[:-PACES_KEPT]:
+                del self.paces[oldest]
+        per_second = pace.per_second()
+        left = pace.remaining(total) if isinstance(total, int | float) else None
+        now = float(event["t"]) if isinstance(event.get("t"), int | float) else 0.0
         self.progress = {
             "name": name,
             "n": n,
             "total": total,
-            "eta_seconds": eta,
+            "eta_seconds": None if left is None else round(left, 1),
+            "eta_low_seconds": None,
+            "eta_high_seconds": None,
+            "eta_basis": None,
             "per_second": None if per_second is None else float(f"{per_second:.4g}"),
             "steps_per_second": self._rate(name, "batches", event.get("batches"), now),
             "samples_per_second": self._rate(name, "samples", event.get("samples"), now),
@@ -152,7 +166,7 @@ class LiveView:
         """The view that `to_dict` gave. Raises TypeError or ValueError for anything else."""
         view = cls(**value)
         view.history = {int(epoch): values for epoch, values in view.history.items()}
-        view._started = {name: (float(n), float(t)) for name, (n, t) in view._started.items()}
+        view.paces = {name: Pace.from_dict(pace) for name, pace in value["paces"].items()}
         return view
 
 

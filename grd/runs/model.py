@@ -96,7 +96,10 @@ class RunRecord:
     checkpoint: dict[str, Any] | None = None
     """epoch, step, path of the newest checkpoint."""
     progress: dict[str, Any] | None = None
-    """name, n, total, eta_seconds."""
+    """name, n, total, eta_seconds and its interval, per_second, steps_per_second."""
+    estimate: dict[str, Any] | None = None
+    """What was predicted before the start, what the first steps predicted, and what later predictions learn
+    from: `grd.estimation.before.Before.to_record`. None for a run of a grd without estimates."""
     metrics: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     resume_command: str | None = None

@@ -16,6 +16,7 @@ from grd.agreement.decision import Decision, Facts
 from grd.agreement.grants import EVERYWHERE, PROJECT, RUN, Grant, Place, Scope
 from grd.agreement.person import identity, who_can_answer
 from grd.errors import ApprovalRequired, GrdError, UsageError
+from grd.estimation.estimate import Estimate
 from grd.runs.folder import RunFolder
 from grd.settings import Settings, format_duration, parse_duration
 
@@ -72,8 +73,7 @@ class Wanted:
     grace: float
     used: float = 0.0
     agreed_before: str = decision.DEFAULT
-    estimate: Mapping[str, Any] | None = None
-    """``seconds``, ``low``, ``high``, ``basis``; None if nothing is known."""
+    estimate: Estimate | None = None
 
 
 def agree(
@@ -90,7 +90,6 @@ def agree(
     grant, granted, left = _grant_for(book, wanted)
     in_job = allocation.job_of(environment) is not None
     ends = allocation.end_of_job(environment) if in_job else None
-    high = (wanted.estimate or {}).get("high")
     facts = Facts(
         timeout=wanted.timeout,
         budget=wanted.budget,
@@ -100,7 +99,7 @@ def agree(
         person=who is not None,
         threshold=settings.long_running_threshold,
         default_timeout=settings.default_timeout,
-        estimate_high=None if high is None else float(high),
+        estimate_high=None if wanted.estimate is None else wanted.estimate.high,
         granted=granted,
         granted_left=left,
         allocation=None if ends is None else ends - time.time(),
@@ -135,13 +134,15 @@ def _ask(
     capped = Agreed(word=decision.DEFAULT, total=decided.total, attempt=None)
     if asker is None:
         return capped  # nobody can show the question here: it runs as if nothing were known
-    estimate = dict(wanted.estimate or {})
+    estimate = wanted.estimate
+    if estimate is None or estimate.high is None:
+        return capped
     question = Question(
         notebook=wanted.place.notebook,
-        seconds=estimate.get("seconds"),
-        low=estimate.get("low"),
-        high=float(estimate["high"]),
-        basis=str(estimate.get("basis") or ""),
+        seconds=estimate.seconds,
+        low=estimate.low,
+        high=estimate.high,
+        basis=estimate.basis,
         otherwise=facts.default_timeout,
     )
     for _ in range(ASK_AGAIN):
@@ -155,7 +156,7 @@ def _ask(
                 total=SESSION_SECONDS,
                 ends=time.time() + SESSION_SECONDS,
                 by=identity(who),
-                estimate=estimate,
+                estimate=estimate.to_dict(),
             )
             return Agreed(word=decision.GRANT, total=grant.per_run, attempt=grant.total, grant=grant)
         if answer in ("n", "no", ""):
@@ -181,7 +182,7 @@ def _note(book: Book, kind: str, wanted: Wanted, who: str | None, **values: Any)
                 "run": wanted.place.run_id,
             },
             by=identity(who),
-            estimate=None if wanted.estimate is None else dict(wanted.estimate),
+            estimate=None if wanted.estimate is None else wanted.estimate.to_dict(),
             **values,
         )
     except GrdError:

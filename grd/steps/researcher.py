@@ -23,6 +23,7 @@ from grd.runs.model import Attempt, RunRecord, now_iso
 from grd.settings import Settings, find_project_root, load_settings
 from grd.steps import keys
 from grd.steps.agreeing import Agreed, Asker, Wanted, agree, cap_of, give_back
+from grd.steps.estimator import estimate_request
 from grd.steps.request import (
     Limits,
     Request,
@@ -92,6 +93,7 @@ def research(
     place = runs_folder(runs_dir)
 
     def create() -> Started:
+        before = estimate_request(request, place)
         agreed = agree(
             Wanted(
                 place=Place(project=str(root), notebook=request.source.location),
@@ -99,12 +101,23 @@ def research(
                 budget=limits.budget,
                 typed_now=limits.were_typed,
                 grace=settings.grace,
+                estimate=before.estimate,
             ),
             settings,
             asker=ask,
         )
         folder, lock = _create(
-            request, settings, limits, agreed, place, name, checkpoint_dir, key, on_end, tracked
+            request,
+            settings,
+            limits,
+            agreed,
+            before.to_record(),
+            place,
+            name,
+            checkpoint_dir,
+            key,
+            on_end,
+            tracked,
         )
         for warning in request.warnings:
             tell(on_note, warning)
@@ -194,6 +207,7 @@ def _create(
     settings: Settings,
     limits: Limits,
     agreed: Agreed,
+    estimate: dict[str, Any],
     runs_dir: Path,
     name: str | None,
     checkpoint_dir: str | Path | None,
@@ -241,6 +255,7 @@ def _create(
         warnings=list(request.warnings),
         folder=str(folder.path),
         mlflow=mlflow,
+        estimate=estimate,
         key=key,
         on_end=on_end,
         grd_version=grd.__version__,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grd import contract
+from grd.estimation.live import progress_with_interval
 from grd.runs import notebook_journal, recovery, resource_samples
 from grd.runs.events import LiveView, view_of
 from grd.runs.folder import RunFolder, find_run
@@ -212,7 +213,8 @@ def status_of(folder: RunFolder) -> dict[str, Any]:
         shown["mlflow"] = {**(record.mlflow or {}), "stores": stores}
     if record.state in (contract.RUNNING, contract.QUEUED):
         view = view_of(folder)
-        shown["progress"], shown["metrics"] = view.progress, view.metrics
+        shown["progress"] = progress_with_interval(view, record.estimate)
+        shown["metrics"] = view.metrics
         shown["checkpoint"] = view.checkpoint or record.checkpoint
         shown["warnings"] = list(dict.fromkeys([*record.warnings, *view.warnings]))
         shown["cell"] = view.cell

@@ -16,6 +16,7 @@ from grd.interfaces.cli.answer import Surface
 
 _COMMANDS = {
     "explore": ("grd.interfaces.cli.explore", "explore", "Profile this machine into the report."),
+    "estimate": ("grd.interfaces.cli.estimate", "estimate", "How long a notebook will take."),
     "research": ("grd.interfaces.cli.research", "research", "Run a training notebook that survives."),
     "resume": ("grd.interfaces.cli.research", "resume", "Go on with an interrupted or failed run."),
     "stop": ("grd.interfaces.cli.steering", "stop", "Ask a run to save and stop."),

@@ -181,10 +181,13 @@ def state_text(event: dict[str, Any]) -> str:
 
 
 def progress_text(progress: dict[str, Any]) -> str:
-    """``epochs 3/20, about 2m left``."""
+    """``epochs 3/20, about 2m left``, with the interval where there is one."""
     of = f"/{progress['total']}" if progress.get("total") is not None else ""
     eta = progress.get("eta_seconds")
     left = f", about {format_duration(eta)} left" if isinstance(eta, (int, float)) and eta > 0 else ""
+    low, high = progress.get("eta_low_seconds"), progress.get("eta_high_seconds")
+    if left and isinstance(low, (int, float)) and isinstance(high, (int, float)):
+        left += f" ({format_duration(low)} to {format_duration(high)})"
     return f"{progress['name']} {format_count(progress['n'])}{of}{left}"
 
 

@@ -26,7 +26,8 @@ _NOTHING_TO_RESUME = "no interrupted run could be resumed; see: grd status"
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def _parameter_options(command: Command) -> Command:
+def parameter_options(command: Command) -> Command:
+    """The flags that give a notebook parameters; `gather` takes what they were given."""
     for option in (
         click.option(
             "--allow-unknown", is_flag=True, help="Inject parameters the notebook does not declare."
@@ -122,7 +123,7 @@ def _limit_options(command: Command) -> Command:
 
 @click.command(cls=AnsweringCommand)
 @click.argument("notebook", shell_complete=complete_notebooks)
-@_parameter_options
+@parameter_options
 @_limit_options
 @click.option("--name", metavar="NAME", help="Part of the run id. Default: the notebook's file name.")
 @click.option("--kernel", metavar="NAME", help="Kernel to use. Default: the one the notebook names.")
@@ -209,7 +210,7 @@ def research(
     "--from", "from_epoch", type=int, metavar="EPOCH", help="Go back to the checkpoint after this epoch."
 )
 @click.option("--now", is_flag=True, help="Kill an old kernel that is still saving; do not wait for it.")
-@_parameter_options
+@parameter_options
 @_limit_options
 def resume(
     run: str | None,
