@@ -312,6 +312,7 @@ def test_a_person_is_shown_the_estimate_and_asked_once(known: Project) -> None:
     asked = at_terminal(known, *LONG_RUN, typed="y\n")
     assert asked.code == 0, asked.err
     assert asked.err.count("y (yes, this run)") == 1
+    assert asked.json["state"] in ("queued", "running")
     assert "may take long: about" in asked.err
     assert "scaled from epochs 4 to 100000" in asked.err
     record = newest(known)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from grd.agreement.person import JUPYTER, who_can_answer
 from grd.interfaces.cli.rendering import say
 from grd.settings import format_duration
 from grd.steps.agreeing import Question
@@ -15,8 +16,11 @@ def ask(question: Question) -> str:
     """Show what is known and what a yes agrees to; the answer as it was typed, empty at an end of input."""
     for line in lines_of(question):
         say(line)
+    in_notebook = who_can_answer() == JUPYTER
+    if not in_notebook:
+        click.echo(f"grd: {PROMPT}", nl=False, err=True)  # stdout is for data
     try:
-        return str(input(f"grd: {PROMPT}"))
+        return str(input(f"grd: {PROMPT}" if in_notebook else ""))
     except EOFError:
         click.echo("", err=True)
         return ""
