@@ -400,7 +400,7 @@ def test_every_command_is_a_magic_and_speaks_json_or_says_why_not(
             else:
                 yield f"{path}{name}", command
 
-    reasons = {"events": "as JSON lines", "logs": "no --json"}
+    reasons = {"events": "as JSON lines", "logs": "no --json", "mcp": "MCP client", "skill show": "no --json"}
     names = []
     for name, command in walk(cli, ""):
         names.append(name)
