@@ -7,6 +7,7 @@ import errno
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,8 @@ def _agree(folder: RunFolder, record: RunRecord, typed_now: bool, ask: Asker | N
     typed = budget.get("typed", budget.get("seconds") if budget.get("agreed") == "typed" else None)
     root = find_project_root(Path(record.working_dir))
     settings, _ = load_settings(root)
+    if budget.get("agreed") == decision.DEFAULT and budget.get("seconds") is not None:
+        settings = replace(settings, default_timeout=float(budget["seconds"]))  # as it was at the start
     wanted = Wanted(
         place=Place(project=str(root), notebook=record.notebook, run_id=folder.run_id),
         timeout=record.timeout,
