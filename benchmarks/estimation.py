@@ -159,7 +159,7 @@ def run(folder: Path, workload: str, epochs: int) -> Ran:
         "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")])),
     }
     done = subprocess.run(
-        [*command, "--timeout", "1h", "--quiet", "--json"],
+        [*command, "--timeout", "9m", "--quiet", "--json"],
         cwd=folder, env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
     record = json.loads(done.stdout)
