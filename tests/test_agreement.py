@@ -17,6 +17,8 @@ import pytest
 from conftest import LIMIT_SECONDS, Finished, Project, cannot_be_had, wait_until
 from test_research import PARAMETERS, TRAIN
 
+pytestmark = pytest.mark.faults
+
 WAITS = """
 import pathlib, time
 from grd.experiment import training

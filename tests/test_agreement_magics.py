@@ -9,6 +9,8 @@ from conftest import Project
 from test_magics import Kernel, kernel, loaded  # noqa: F401
 from test_research import PARAMETERS, TRAIN
 
+pytestmark = pytest.mark.faults
+
 LONG = "%grd research train.ipynb --timeout 3h --wait"
 
 

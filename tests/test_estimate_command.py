@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from conftest import Project, wait_until
 
+pytestmark = pytest.mark.faults
+
 PARAMETERS = "epochs = 3\nseconds = 0.05\ntimeout = None\ncheckpoint_dir = ''\nresume = False"
 
 TRAIN = """
