@@ -27,7 +27,7 @@ demo: $(VENV)/.installed-demo  ## explore, train, interrupt, resume, compare (ab
 	@$(PY) demo/demo.py
 
 test: $(VENV)/.installed-dev  ## all tests but the slow ones below
-	$(PY) -m pytest -n 3 --dist loadfile -m 'not faults and not wheel and not gpu and not frameworks and not tensorflow and not mlflow and not mcp'
+	$(PY) -m pytest -n 3 --dist worksteal -m 'not faults and not wheel and not gpu and not frameworks and not tensorflow and not mlflow and not mcp'
 
 test-gpu: $(VENV)/.installed-dev  ## what needs a CUDA device, and a torch that can use it in .venv
 	$(PY) -m pytest -m gpu

@@ -137,7 +137,7 @@ def test_inside_a_slurm_job_a_requeued_script_goes_on_where_it_was(project: Proj
 
 def test_the_command_at_the_end_hears_how_it_ended_and_may_resume(project: Project) -> None:
     project.notebook("sleep.ipynb", SLEEP, parameters=PARAMETERS)
-    again = f"{sys.executable} -m grd resume $GRD_RUN_ID"
+    again = f"{sys.executable} -m grd resume $GRD_RUN_ID --timeout 2m"
     command = f'echo "$GRD_RUN_STATE $GRD_RUN_CAUSE" >> ended; test -e once || {{ touch once; {again}; }}'
     started = project.grd("research", "sleep.ipynb", "--timeout", "3s", "--on-end", command)
     assert started.code == 75, started.err
