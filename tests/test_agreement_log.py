@@ -22,7 +22,7 @@ from grd.agreement.log import AgreementLog, check
 from grd.errors import ConfigurationError, ResourceUnavailable, UsageError
 from grd.runs.folder import RunFolder
 
-HERE = Place(project="/work/digits", notebook="/work/digits/train.ipynb", run_id="r1")
+HERE = Place(project="/home/ada/digits", notebook="/home/ada/digits/train.ipynb", run_id="r1")
 BY = {"user": "ada", "how": "terminal"}
 
 
@@ -32,7 +32,7 @@ def book(folder: Path) -> Book:
 
 def give(into: Book, scope: Scope | None = None, **values: float) -> Any:
     caps = {"per_run": 100.0, "total": 250.0, "ends": now().wall + 3600, **values}
-    return into.grant(scope or Scope(kind="project", value="/work/digits"), by=BY, **caps)
+    return into.grant(scope or Scope(kind="project", value="/home/ada/digits"), by=BY, **caps)
 
 
 def run(folder: Path, name: str = "r1") -> RunFolder:
@@ -194,8 +194,8 @@ def test_a_grant_written_by_hand_with_a_wrong_number_gives_nobody_anything(total
 def test_scopes_cover_what_they_name_and_the_narrowest_is_used(tmp_path: Path) -> None:
     mine = book(tmp_path)
     everywhere = give(mine, Scope(kind="everywhere"))
-    project = give(mine, Scope(kind="project", value="/work"))
-    notebook = give(mine, Scope(kind="notebook", value="/work/digits/train.ipynb"))
+    project = give(mine, Scope(kind="project", value="/home/ada"))
+    notebook = give(mine, Scope(kind="notebook", value="/home/ada/digits/train.ipynb"))
     one = give(mine, Scope(kind="run", value="r1"))
 
     def used(place: Place) -> str:
@@ -205,8 +205,8 @@ def test_scopes_cover_what_they_name_and_the_narrowest_is_used(tmp_path: Path) -
 
     assert used(HERE) == one.id
     assert used(replace(HERE, run_id="r2")) == notebook.id
-    assert used(Place(project="/work/digits", notebook="/work/digits/other.ipynb")) == project.id
-    assert used(Place(project="/workshop", notebook="/workshop/a.ipynb")) == everywhere.id
+    assert used(Place(project="/home/ada/digits", notebook="/home/ada/digits/other.ipynb")) == project.id
+    assert used(Place(project="/home/adam", notebook="/home/adam/a.ipynb")) == everywhere.id
     more = give(mine, Scope(kind="everywhere"), per_run=200.0)
     wanting = mine.find(HERE, wanted=150.0)
     assert wanting is not None
