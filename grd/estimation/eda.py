@@ -7,7 +7,7 @@ from typing import Any
 
 from grd.contract import LONG_RUNNING_SECONDS
 from grd.estimation.checked import count, positive, product
-from grd.estimation.estimate import LOW, UNKNOWN
+from grd.estimation.estimate import LOW, UNKNOWN, in_units
 from grd.estimation.interval import PRIOR_PROBE, Factor
 
 BYTES_PER_VALUE = 8
@@ -51,13 +51,8 @@ def estimate_eda_duration(
         reason = "nothing was measured; do the same to some rows, and give sample_rows and sample_seconds"
         names = ("estimated_seconds", "estimated_minutes", "estimated_hours", "high_seconds")
         reasons = dict.fromkeys(names, reason)
-    long_running = high is None or high > threshold
     return {
-        "estimated_seconds": seconds,
-        "estimated_minutes": None if seconds is None else seconds / 60,
-        "estimated_hours": None if seconds is None else seconds / 3600,
-        "is_long_running": long_running,
-        "requires_user_confirmation": long_running,
+        **in_units(seconds, high, threshold),
         "low_seconds": low,
         "high_seconds": high,
         "confidence": UNKNOWN if seconds is None else LOW,

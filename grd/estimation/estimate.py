@@ -48,6 +48,18 @@ class Estimate:
         }
 
 
+def in_units(seconds: float | None, high: float | None, threshold: float) -> dict[str, Any]:
+    """A time in three units, and whether somebody must agree: by its upper end, or where that is unknown."""
+    long_running = high is None or high > threshold
+    return {
+        "estimated_seconds": seconds,
+        "estimated_minutes": None if seconds is None else seconds / 60,
+        "estimated_hours": None if seconds is None else seconds / 3600,
+        "is_long_running": long_running,
+        "requires_user_confirmation": long_running,
+    }
+
+
 def confidence_of(factor: Factor) -> str:
     """The word for an interval of this factor; never more than LOW without runs to learn from."""
     if not factor.n:

@@ -12,7 +12,7 @@ from typing import Any
 
 from grd.contract import LONG_RUNNING_SECONDS
 from grd.estimation.checked import count, positive, product
-from grd.estimation.estimate import LOW, UNKNOWN
+from grd.estimation.estimate import LOW, UNKNOWN, in_units
 from grd.hardware.peaks import DTYPES, number_type, peak_tflops
 
 FLOPS_PER_PARAMETER = 6
@@ -88,13 +88,8 @@ def estimate_training_duration(
             reasons[name] = reasons["rate"]
     reasons.pop("rate", None)
     told = f"{counted_by}, {total:.3g} operations in {steps:.0f} steps; {rate_is}"
-    long_running = high is None or high > threshold
     return {
-        "estimated_seconds": seconds,
-        "estimated_minutes": None if seconds is None else seconds / 60,
-        "estimated_hours": None if seconds is None else seconds / 3600,
-        "is_long_running": long_running,
-        "requires_user_confirmation": long_running,
+        **in_units(seconds, high, threshold),
         "gpu_tflops": rate if _gpu(hardware_profile) else None,
         "total_tflops": total / 1e12,
         "low_seconds": low,
