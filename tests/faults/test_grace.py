@@ -428,3 +428,4 @@ def test_a_kernel_whose_last_flush_nobody_answers_still_ends_within_the_grace(pr
     project.wait_for_output("the step begins")
     stop_by(project, "SIGTERM")
     check_polite_end(project, process, "sigterm")
+    assert "IOStream.flush" not in (project.only_run() / "attempts/1/runner.log").read_text()
