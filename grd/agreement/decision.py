@@ -130,7 +130,7 @@ def described(agreed: str) -> dict[str, Any]:
     """For people: who agreed."""
     words = {
         DEFAULT: "nobody was asked: the default cap holds",
-        TYPED: "typed by a person",
+        TYPED: "agreed to by a person",
         GRANT: "a grant",
         ALLOCATION: "the scheduler's job",
         ALLOWED: "allowed in the user's own settings",
