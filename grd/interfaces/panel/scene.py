@@ -63,7 +63,7 @@ def of_question(question: Question, line: str, warnings: Sequence[str] = ()) -> 
     proposed, session = format_duration(question.proposed), format_duration(SESSION_SECONDS)
     capped = format_duration(question.otherwise)
     return Scene(
-        title=question.notebook,
+        title=_within(question.notebook, question.place.project),
         state=f"may take long: {span_of(question)}",
         mood=ASKS,
         rows=(
@@ -136,7 +136,11 @@ def of_run(
     """
     state = str(shown["state"])
     going = under_way or state not in contract.ENDED_STATES
-    rows = [row for row in rows_of(dict(shown)) if row[0] not in _LEFT_OUT]
+    rows = [
+        (name, _within(text, str(shown["folder"]), typed=name == "next"))
+        for name, text in rows_of(dict(shown))
+        if name not in _LEFT_OUT
+    ]
     if going:
         rows.insert(0, ("agreed", _agreed(shown)))
     elif shown.get("detail"):
@@ -214,6 +218,11 @@ def _fraction(progress: Mapping[str, Any]) -> float | None:
 
 def _disabled(buttons: tuple[Button, ...]) -> tuple[Button, ...]:
     return tuple(Button(**{**vars(button), "disabled": True}) for button in buttons)
+
+
+def _within(text: str, folder: str, *, typed: bool = False) -> str:
+    """Paths as seen from ``folder``; a command as it is typed in a notebook."""
+    return f"%{text}" if typed and text.startswith("grd ") else text.replace(f"{folder}/", "")
 
 
 def _typed(seconds: float) -> str:
