@@ -129,7 +129,7 @@ def _largest(*values: float | None) -> float | None:
 def described(agreed: str) -> dict[str, Any]:
     """For people: who agreed, to be said behind that word."""
     words = {
-        DEFAULT: "nobody was asked: the default cap holds",
+        DEFAULT: "to no more than the default cap",
         TYPED: "by a person",
         GRANT: "by a grant",
         ALLOCATION: "by the scheduler's job",

@@ -192,7 +192,9 @@ def _agreed_by(book: Book, question: Question, answer: str, who: str | None) -> 
             by=identity(who),
             estimate=question.estimate.to_dict(),
         )
-        return Agreed(word=decision.GRANT, total=grant.per_run, attempt=grant.total, grant=grant)
+        # Not the whole grant for this run: the session's next one may start beside it.
+        total = min(grant.per_run, question.proposed)
+        return Agreed(word=decision.GRANT, total=total, attempt=grant.total, grant=grant)
     seconds = question.proposed if answer in ("y", YES) else parse_duration(answer)
     _note(book, grants.TYPED, question.place, question.estimate, who, timeout=None, budget=seconds)
     return Agreed(word=decision.TYPED, total=seconds, attempt=None)

@@ -112,13 +112,14 @@ def test_decline_then_capped(opened: Opened, lab_project: Project, known: set[Pa
 
 
 def test_session_then_revoke(opened: Opened, lab_project: Project, known: set[Path]) -> None:
-    page = opened(LOAD, LONG, LONG)
+    line = LONG.replace("4000", "1500")
+    page = opened(LOAD, line, line)
     page.execute(0)
     page.execute(1)
     page.button(1, "Approve for the session").click()
-    page.says(1, re.compile(r"epochs [\d.]+/4000"))
+    page.says(1, re.compile(r"epochs [\d.]+/1500"))
     page.execute(2)
-    page.says(2, re.compile(r"epochs [\d.]+/4000"))
+    page.says(2, re.compile(r"epochs [\d.]+/1500"))
     runs = new_runs(lab_project, known)
     assert [record(run)["budget"]["agreed"] for run in runs] == ["grant", "grant"]
     page.screenshot(f"{name_of(page)}-1-granted")

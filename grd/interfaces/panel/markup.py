@@ -17,7 +17,10 @@ _SOFT = "color: var(--jp-ui-font-color2, #616161)"
 _CELL = "text-align: left; vertical-align: top; padding: 1px 12px 1px 0; overflow-wrap: anywhere"
 
 
-def html_of(scene: Scene) -> str:
+_FRAME = "border: 1px solid var(--jp-border-color2, #bdbdbd); padding: 6px 10px; max-width: 60em; "
+
+
+def html_of(scene: Scene, *, framed: bool = False) -> str:
     """The scene without its buttons; what a user named is escaped."""
     as_of = f' <span style="{_SOFT}">as of {html.escape(scene.as_of)}</span>' if scene.as_of else ""
     rows = "".join(
@@ -26,7 +29,7 @@ def html_of(scene: Scene) -> str:
         for name, text in scene.rows
     )
     return (
-        '<div style="line-height: 1.45; font-size: 13px">'
+        f'<div style="{_FRAME if framed else ""}line-height: 1.45; font-size: 13px">'
         f"<div><b>{html.escape(scene.title)}</b></div>"
         f'<div><span role="status" style="color: {_COLOURS[scene.mood]}; font-weight: 600">'
         f"{html.escape(scene.state)}</span>{as_of}</div>"

@@ -225,7 +225,7 @@ class Panel:
         from IPython.display import update_display
 
         assert self._scene is not None
-        bundle = {"text/html": html_of(self._scene), "text/plain": text_of(self._scene)}
+        bundle = {"text/html": html_of(self._scene, framed=True), "text/plain": text_of(self._scene)}
         while self._displays:
             update_display(bundle, raw=True, display_id=self._displays.pop())
 
@@ -233,7 +233,9 @@ class Panel:
         assert self._scene is not None
         text = {"text/plain": text_of(self._scene)}
         if self._card is None or not self._scene.can_change:
-            return {"text/html": html_of(self._scene), **text} if self._card is not None else text
+            return (
+                {"text/html": html_of(self._scene, framed=True), **text} if self._card is not None else text
+            )
         return {**self._card.mimebundle(), **text}
 
 

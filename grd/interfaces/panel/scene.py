@@ -69,7 +69,7 @@ def of_question(question: Question, line: str, warnings: Sequence[str] = ()) -> 
         rows=(
             ("estimate", basis_of(question)),
             ("approve", f"{proposed}, all attempts of this run together"),
-            ("session", f"{session}, all runs of this project together, within {session} from now"),
+            ("session", f"{session}, this and the next runs of this project together, within {session}"),
             ("capped", f"it saves and stops after {capped}, and can be resumed"),
             *(("warning", text) for text in warnings),
         ),
@@ -83,7 +83,7 @@ def of_question(question: Question, line: str, warnings: Sequence[str] = ()) -> 
             Button(
                 word=SESSION,
                 label="Approve for the session",
-                hint=f"Start the run, and ask no more: {session} for all runs of this project together",
+                hint=f"Start the run; it and the next runs of this project get {session} together",
             ),
             Button(
                 word=CAPPED,
