@@ -211,7 +211,7 @@ def test_a_double_click_starts_one_run_and_stop_ends_it(attended: Kernel, known:
     assert WIDGET in display and f"%grd {LONG} --budget" in display["text/plain"]
     assert len(runs_of(known)) == 1
     early = attended.type("run.state")
-    assert not early.ok and "not started before somebody clicks" in early.content["evalue"]
+    assert not early.ok and "answer in its panel" in early.content["evalue"]
     assert "not started" in attended.type("print(run)").stdout
     buttons.click("Approve", times=2)
     buttons.click("Decline")

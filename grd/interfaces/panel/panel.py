@@ -80,11 +80,9 @@ class Panel:
     def run(self) -> Run:
         """The run. Raises ApprovalRequired while there is none."""
         if self._run is None:
-            shown = self._scene
-            raise ApprovalRequired(
-                f"{shown.title if shown else 'the run'}: {shown.state if shown else 'not started'}; "
-                "it is not started before somebody clicks Approve in its panel"
-            )
+            scene = self._asked() if self._scene is None else self._scene
+            then = "answer in its panel, or type" if scene.can_change else "type"
+            raise ApprovalRequired(f"no run yet of {scene.title}: {scene.state}; {then}: {self._line}")
         return self._run
 
     @property

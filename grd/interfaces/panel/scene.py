@@ -55,7 +55,7 @@ class Scene:
     @property
     def can_change(self) -> bool:
         """Whether it will be something else without anybody's doing."""
-        return self.mood in (ASKS, GOING)
+        return self.mood in (ASKS, GOING) or self.as_of is not None
 
 
 def of_question(question: Question, line: str, warnings: Sequence[str] = ()) -> Scene:
@@ -135,17 +135,17 @@ def of_run(
     that was asked for, ``revocable`` whether the grant it uses can be taken back.
     """
     state = str(shown["state"])
-    going = under_way or state not in contract.ENDED_STATES
+    ended = state in contract.ENDED_STATES
     rows = [
         (name, _within(text, str(shown["folder"]), typed=name == "next"))
         for name, text in rows_of(dict(shown))
         if name not in _LEFT_OUT
     ]
-    if going:
+    if not ended:
         rows.insert(0, ("agreed", _agreed(shown)))
     elif shown.get("detail"):
         rows.insert(0, ("", str(shown["detail"])))
-    if going and stopping is not None:
+    if not ended and stopping is not None:
         grace = format_duration(float(shown["grace"]))
         rows.insert(
             0, ("stopping", f"{stopping}: it has up to {grace} to save; to kill it: {_stop(shown)} --now")
@@ -154,12 +154,12 @@ def of_run(
     return Scene(
         title=str(shown["run_id"]),
         state=headline(dict(shown)),
-        mood=GOING if going else _MOODS.get(state, INTERRUPTED),
+        mood=_MOODS.get(state, INTERRUPTED) if ended else GOING,
         rows=(*rows, *(("note", text) for text in notes)),
-        buttons=() if state in contract.ENDED_STATES else _buttons(shown, stopping, revocable),
+        buttons=() if ended else _buttons(shown, stopping, revocable),
         fraction=1.0 if state == contract.COMPLETED else _fraction(progress),
-        as_of=now if going else None,
-        commands=(("next", f"%grd status {shown['run_id']}"),) if going else (),
+        as_of=now if under_way or not ended else None,
+        commands=(("next", f"%grd status {shown['run_id']}"),) if not ended else (),
     )
 
 
