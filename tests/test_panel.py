@@ -177,10 +177,10 @@ class Buttons:
         )
         return found
 
-    def click(self, label: str, times: int = 1) -> None:
-        """Click the newest button with this label."""
-        model = [model for name, model, _ in self.listed() if name.startswith(label)][-1]
-        for _ in range(times):
+    def click(self, *labels: str) -> None:
+        """Click the newest buttons with these labels, before the kernel can answer the first click."""
+        listed = self.listed()
+        for model in [[model for name, model, _ in listed if name == label][-1] for label in labels]:
             content = {"comm_id": model, "data": {"method": "custom", "content": {"event": "click"}}}
             client = self.kernel.client
             client.shell_channel.send(client.session.msg("comm_msg", content))
@@ -213,15 +213,14 @@ def test_a_double_click_starts_one_run_and_stop_ends_it(attended: Kernel, known:
     early = attended.type("run.state")
     assert not early.ok and "answer in its panel" in early.content["evalue"]
     assert "not started" in attended.type("print(run)").stdout
-    buttons.click("Approve", times=2)
-    buttons.click("Decline")
+    buttons.click("Approve", "Approve", "Decline")
     buttons.says(r"epochs [\d.]+/40000, about")
     assert len(runs_of(known)) == 2
     assert attended.value("run.state") == "running"
     assert attended.value("run.record.budget['agreed']") == "typed"
     again = attended.type("%grd status")
     assert WIDGET in again.shown[0] and again.shown[0][WIDGET] == display[WIDGET], "another view of the same"
-    buttons.click("Stop", times=2)
+    buttons.click("Stop", "Stop")
     buttons.says(r"interrupted \(stopped\)")
     assert attended.value("run.cause") == "stopped"
     assert buttons.listed() == []
@@ -252,7 +251,8 @@ def test_questions_that_nobody_answers_or_can_click_start_nothing(attended: Kern
     assert len(runs_of(known)) == 1
     # What it says can be typed, and then it is a run at once.
     typed = attended.type(f"run = %grd {LONG} --budget 10m")
-    assert typed.ok and "running" in typed.shown[0]["text/plain"] + attended.value("run.state")
+    assert typed.ok, typed
+    assert attended.value("run.state") in ("queued", "running")
     assert "%grd status" in typed.shown[0]["text/plain"]
     assert attended.type("%grd stop last --now").ok
 
@@ -281,14 +281,12 @@ def test_where_no_front_end_is_there_nothing_asks_and_nothing_hangs(
         "run.stop(now=True)",
     )
     command = {
-        "papermill": ["papermill", "outer.ipynb", "done.ipynb"],
-        "nbconvert": ["nbconvert", "--to", "notebook", "--execute", "outer.ipynb", "--output", "done.ipynb"],
-        "execute": ["jupyter_client.runapp"],
+        "papermill": ["-m", "papermill", "outer.ipynb", "done.ipynb"],
+        "nbconvert": ["-m", "nbconvert", "--to=notebook", "--execute", "outer.ipynb", "--output=done.ipynb"],
+        "execute": ["-c", "from nbclient.cli import main; main()", "--output=done", "outer.ipynb"],
     }[tool]
-    if tool == "execute":
-        command = ["nbclient.cli", "--output=done.ipynb", "outer.ipynb"]
     done = subprocess.run(
-        [sys.executable, "-m", *command],
+        [sys.executable, *command],
         cwd=known.path,
         env=known.environment | {"PYTHONPATH": str(ROOT)},
         stdin=subprocess.DEVNULL,
