@@ -44,7 +44,7 @@ papermill-suite: $(VENV)/.installed-dev  ## papermill's own test suite, with its
 
 test-ipykernel6: $(IPYKERNEL6)/.installed  ## magics, engine and signals with kernels of ipykernel 6.31, and no torch
 	$(IPYKERNEL6)/bin/python -m pytest -n 2 --dist load tests/test_magics.py tests/test_engine.py \
-		tests/test_agreement_magics.py
+		tests/test_agreement_magics.py tests/test_panel.py
 	$(IPYKERNEL6)/bin/python -m pytest -n 2 --dist load tests/faults/test_fault_table.py \
 		-k '(everyone or deadline) and (training or silent)'
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from grd import contract
 from grd.agreement.book import Book
 from grd.agreement.person import JUPYTER, identity
+from grd.agreement.use import Revocation
 from grd.errors import ApprovalRequired, GrdError, RunNotFound
 from grd.interfaces.panel import scene as scenes
 from grd.interfaces.panel.markup import html_of, text_of
@@ -58,6 +59,7 @@ class Panel:
         self._clicked: set[str] = set()
         self._run: Run | None = None
         self._view: LiveView | None = None
+        self._revocation: Revocation | None = None
         self._seen = time.monotonic()
 
     @classmethod
@@ -155,10 +157,13 @@ class Panel:
             now=datetime.now().strftime("%H:%M:%S"),
             notes=[note for note in self._notes if note not in (shown.get("warnings") or [])],
             stopping=_asked_to_stop(folder),
-            revocable=grant is not None
-            and scenes.REVOKE not in self._clicked
-            and not Book().is_revoked(str(grant)),
+            revocable=grant is not None and self._can_revoke(str(grant)),
         )
+
+    def _can_revoke(self, grant: str) -> bool:
+        if self._revocation is None:
+            self._revocation = Revocation(grant)
+        return scenes.REVOKE not in self._clicked and not self._revocation.has_come()
 
     def _click(self, word: str) -> None:
         """Do what a button says, once: a double click, or a click in another view, comes after the first."""
