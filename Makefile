@@ -5,6 +5,7 @@ IPYKERNEL6 = .venv-ipykernel6
 TENSORFLOW = .venv-tensorflow
 MLFLOW = .venv-mlflow
 MCP = .venv-mcp
+BROWSER = .venv-browser
 KILLS = 60
 DISK_FULL = 20
 SEED = 1
@@ -14,7 +15,7 @@ PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c constr
 SOURCES = pyproject.toml constraints.txt
 
 .DEFAULT_GOAL = help
-.PHONY: help venv demo test check faults chaos papermill-suite test-ipykernel6 test-frameworks test-tensorflow test-mlflow test-mcp test-gpu recipes-full wheel-test bench clean
+.PHONY: help venv demo test check faults chaos papermill-suite test-ipykernel6 test-frameworks test-tensorflow test-mlflow test-mcp test-browser test-gpu recipes-full wheel-test bench clean
 .DELETE_ON_ERROR:
 
 help:  ## show this
@@ -27,7 +28,7 @@ demo: $(VENV)/.installed-demo  ## explore, train, interrupt, resume, compare (ab
 	@$(PY) demo/demo.py
 
 test: $(VENV)/.installed-dev  ## all tests but the slow ones below
-	$(PY) -m pytest -n 3 --dist worksteal -m 'not faults and not wheel and not gpu and not frameworks and not tensorflow and not mlflow and not mcp'
+	$(PY) -m pytest -n 3 --dist worksteal -m 'not faults and not wheel and not gpu and not frameworks and not tensorflow and not mlflow and not mcp and not browser'
 
 test-gpu: $(VENV)/.installed-dev  ## what needs a CUDA device, and a torch that can use it in .venv
 	$(PY) -m pytest -m gpu
@@ -43,7 +44,7 @@ papermill-suite: $(VENV)/.installed-dev  ## papermill's own test suite, with its
 
 test-ipykernel6: $(IPYKERNEL6)/.installed  ## magics, engine and signals with kernels of ipykernel 6.31, and no torch
 	$(IPYKERNEL6)/bin/python -m pytest -n 2 --dist load tests/test_magics.py tests/test_engine.py \
-		tests/test_agreement_magics.py
+		tests/test_agreement_magics.py tests/test_panel.py
 	$(IPYKERNEL6)/bin/python -m pytest -n 2 --dist load tests/faults/test_fault_table.py \
 		-k '(everyone or deadline) and (training or silent)'
 
@@ -58,6 +59,9 @@ test-mlflow: $(MLFLOW)/.installed  ## runs sent to a real MLflow: its sqlite sto
 
 test-mcp: $(MCP)/.installed  ## grd mcp with the SDK's own client, in memory and over stdio
 	$(MCP)/bin/python -m pytest -n 2 --dist load -m mcp tests/test_mcp.py
+
+test-browser: $(BROWSER)/.installed $(IPYKERNEL6)/.installed  ## the panel in a real JupyterLab and Chromium, with ipykernel 6.31 and 7
+	$(BROWSER)/bin/python -m pytest -m browser tests/browser
 
 recipes-full: $(VENV)/.installed-dev $(MCP)/.installed  ## the recipes for agents at full length: 90 s of training, calls of 20 s
 	GRD_TEST_TRAINING_SECONDS=90 GRD_TEST_CALL_SECONDS=20 $(PY) -m pytest -n 2 --dist load tests/test_agents.py
@@ -79,7 +83,7 @@ clean:  ## remove caches, build results and demo-output; .venv and experiments/ 
 	rm -rf build dist demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './.venv*' -prune -exec rm -rf {} +
 
-$(VENV)/.made $(IPYKERNEL6)/.made $(TENSORFLOW)/.made $(MLFLOW)/.made $(MCP)/.made:
+$(VENV)/.made $(IPYKERNEL6)/.made $(TENSORFLOW)/.made $(MLFLOW)/.made $(MCP)/.made $(BROWSER)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "grd needs Python 3.11 or newer, and $(PYTHON) is" \
 			"$$($(PYTHON) --version 2>/dev/null || echo not there); try: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
@@ -111,6 +115,11 @@ $(MLFLOW)/.installed: $(MLFLOW)/.made $(SOURCES)
 $(MCP)/.installed: $(MCP)/.made $(SOURCES)
 	@echo "Installing grd and the MCP SDK into $(MCP)"
 	@$(MCP)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,mcp]'
+	@touch $@
+
+$(BROWSER)/.installed: $(BROWSER)/.made $(SOURCES)
+	@echo "Installing grd, JupyterLab and playwright into $(BROWSER)"
+	@$(BROWSER)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,browser]'
 	@touch $@
 
 $(IPYKERNEL6)/.installed: $(IPYKERNEL6)/.made $(SOURCES)

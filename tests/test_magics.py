@@ -28,7 +28,7 @@ from traitlets.config import Config
 from grd.interfaces.cli.main import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("papermill", "nbclient", "torch", "mlflow", "pandas", "dask")
+HEAVY = ("papermill", "nbclient", "torch", "mlflow", "pandas", "dask", "ipywidgets")
 
 PARAMETERS = "epochs = 3\ngate = ''\ntimeout = None\ncheckpoint_dir = ''\nresume = False"
 GATED = """

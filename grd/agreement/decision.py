@@ -127,12 +127,12 @@ def _largest(*values: float | None) -> float | None:
 
 
 def described(agreed: str) -> dict[str, Any]:
-    """For people: who agreed."""
+    """For people: who agreed, to be said behind that word."""
     words = {
-        DEFAULT: "nobody was asked: the default cap holds",
-        TYPED: "typed by a person",
-        GRANT: "a grant",
-        ALLOCATION: "the scheduler's job",
-        ALLOWED: "allowed in the user's own settings",
+        DEFAULT: "to no more than the default cap",
+        TYPED: "by a person",
+        GRANT: "by a grant",
+        ALLOCATION: "by the scheduler's job",
+        ALLOWED: "by the user's own settings",
     }
     return {"agreed": agreed, "text": words.get(agreed, agreed)}

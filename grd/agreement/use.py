@@ -12,6 +12,27 @@ LOOK_SECONDS = 1.0
 CLOSE_SECONDS = 5.0
 
 
+class Revocation:
+    """Whether a grant was taken back, to be asked often: the log is only read where it has changed."""
+
+    def __init__(self, grant: str) -> None:
+        self._grant, self._book = grant, Book()
+        self._seen: object = None
+        self._revoked = False
+
+    def has_come(self) -> bool:
+        """Whether somebody has taken the grant back; a log that is not there says nothing."""
+        try:
+            stat = self._book.log.path.stat()
+        except OSError:
+            return self._revoked
+        now = (stat.st_mtime_ns, stat.st_size)
+        if now != self._seen:
+            self._revoked = self._book.is_revoked(self._grant)
+            self._seen = now
+        return self._revoked
+
+
 class GrantInUse:
     """The grant that an attempt was started with; nothing happens for one that has none."""
 
@@ -41,14 +62,8 @@ class GrantInUse:
             self._book.note_use(self._grant, self._run, self._attempt, seconds)
 
     def _look(self, grant: str, on_revoked: Callable[[], object]) -> None:
-        seen: object = None
+        revocation = Revocation(grant)
         while not self._over.wait(LOOK_SECONDS):
-            try:
-                stat = self._book.log.path.stat()
-            except OSError:
-                continue
-            now = (stat.st_mtime_ns, stat.st_size)
-            if now != seen and self._book.is_revoked(grant):
+            if revocation.has_come():
                 on_revoked()
                 return
-            seen = now

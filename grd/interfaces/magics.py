@@ -18,7 +18,9 @@ from IPython.core.error import UsageError
 from grd.errors import GrdError
 from grd.interfaces.cli.answer import Answer, Report, Surface
 from grd.interfaces.cli.main import cli
+from grd.interfaces.panel.panels import Panels
 from grd.interfaces.track_cell import AwaitingCells, Options, TrackedCells, track
+from grd.tracking.gpu_held import warning_of_this_process
 
 NAME = "grd"
 _TYPED = re.compile(r"^(?:.*=)?\s*%grd\s+(?P<rest>.*)$", re.DOTALL)
@@ -36,7 +38,9 @@ class GrdMagic:
 
     def __init__(self, shell: Any) -> None:
         self.shell = shell
-        self.surface = Surface(waits=False, prints=False)
+        self.surface = Surface(
+            waits=False, prints=False, panels=Panels(shell), warning=warning_of_this_process
+        )
         self.cells = TrackedCells(shell)
 
     def run_line(self, line: str) -> Any:
@@ -45,6 +49,7 @@ class GrdMagic:
             click.echo(_help())
             return None
         arguments = _split(f"%{NAME}", line)
+        self.surface.line = f"%{NAME} {line.strip()}"
         if arguments[:1] == [track.name]:
             raise UsageError(f"{track.name} is for a cell: put %%{NAME} {track.name} above its code")
         return self._shown(self._execute(cli, _as_help(arguments), f"%{NAME}"))

@@ -30,12 +30,15 @@ ASK_AGAIN = 3
 class Question:
     """What a person is asked: an estimate (seconds) with its interval and basis, and the cap otherwise."""
 
-    notebook: str
-    seconds: float | None
-    low: float | None
+    place: Place
+    estimate: Estimate
     high: float
-    basis: str
     otherwise: float
+
+    @property
+    def notebook(self) -> str:
+        """The notebook that may take long."""
+        return self.place.notebook
 
     @property
     def proposed(self) -> float:
@@ -45,6 +48,20 @@ class Question:
 
 Asker = Callable[[Question], str]
 """Gets a question, returns what the person typed: y, s, c, n, or a time."""
+
+YES, SESSION, CAPPED, NO = "yes", "session", "capped", "no"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """A question that a person was shown before, and the answer: yes, session or capped.
+
+    It is the answer to what was shown then, whatever an estimate or a grant would say now.
+    """
+
+    question: Question
+    answer: str
+    who: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +97,14 @@ def agree(
     wanted: Wanted,
     settings: Settings,
     *,
-    asker: Asker | None = None,
+    asker: Asker | Answered | None = None,
     environment: Mapping[str, str] = os.environ,
     book: Book | None = None,
 ) -> Agreed:
     """What the run may take. Raises ApprovalRequired where nobody has agreed, or somebody said no."""
     book = book or Book()
+    if isinstance(asker, Answered):
+        return _agreed_by(book, asker.question, asker.answer, asker.who)
     who = who_can_answer(environment)
     grant, granted, left = _grant_for(book, wanted)
     in_job = allocation.job_of(environment) is not None
@@ -113,7 +132,15 @@ def agree(
     if decided.action == decision.ASK:
         return _ask(book, wanted, facts, decided, asker, who)
     if decided.agreed == decision.TYPED and wanted.typed_now:
-        _note(book, grants.TYPED, wanted, who, timeout=wanted.timeout, budget=wanted.budget)
+        _note(
+            book,
+            grants.TYPED,
+            wanted.place,
+            wanted.estimate,
+            who,
+            timeout=wanted.timeout,
+            budget=wanted.budget,
+        )
     used_grant = grant if decided.agreed == decision.GRANT else None
     return Agreed(word=decided.agreed, total=decided.total, attempt=decided.attempt, grant=used_grant)
 
@@ -138,51 +165,56 @@ def _ask(
     if estimate is None or estimate.high is None:
         return capped
     question = Question(
-        notebook=wanted.place.notebook,
-        seconds=estimate.seconds,
-        low=estimate.low,
-        high=estimate.high,
-        basis=estimate.basis,
-        otherwise=facts.default_timeout,
+        place=wanted.place, estimate=estimate, high=estimate.high, otherwise=facts.default_timeout
     )
     for _ in range(ASK_AGAIN):
         answer = asker(question).strip().lower()
-        if answer in ("c", "capped"):
-            return capped
-        if answer in ("s", "session"):
-            grant = book.grant(
-                Scope(kind=PROJECT, value=wanted.place.project),
-                per_run=SESSION_SECONDS,
-                total=SESSION_SECONDS,
-                ends=time.time() + SESSION_SECONDS,
-                by=identity(who),
-                estimate=estimate.to_dict(),
-            )
-            return Agreed(word=decision.GRANT, total=grant.per_run, attempt=grant.total, grant=grant)
         if answer in ("n", "no", ""):
             break
         try:
-            seconds = question.proposed if answer in ("y", "yes") else parse_duration(answer)
+            return _agreed_by(book, question, answer, who)
         except ValueError:
             continue
-        _note(book, grants.TYPED, wanted, who, timeout=None, budget=seconds)
-        return Agreed(word=decision.TYPED, total=seconds, attempt=None)
-    _note(book, grants.DECLINED, wanted, who)
+    decline(question, who, book)
     raise ApprovalRequired(f"declined; to run it within {format_duration(facts.default_timeout)}, answer: c")
 
 
-def _note(book: Book, kind: str, wanted: Wanted, who: str | None, **values: Any) -> None:
+def _agreed_by(book: Book, question: Question, answer: str, who: str | None) -> Agreed:
+    """What a person's answer to a question gives the run. Raises ValueError for one that is none."""
+    if answer in ("c", CAPPED):
+        return Agreed(word=decision.DEFAULT, total=question.otherwise, attempt=None)
+    if answer in ("s", SESSION):
+        grant = book.grant(
+            Scope(kind=PROJECT, value=question.place.project),
+            per_run=SESSION_SECONDS,
+            total=SESSION_SECONDS,
+            ends=time.time() + SESSION_SECONDS,
+            by=identity(who),
+            estimate=question.estimate.to_dict(),
+        )
+        # Not the whole grant for this run: the session's next one may start beside it.
+        total = min(grant.per_run, question.proposed)
+        return Agreed(word=decision.GRANT, total=total, attempt=grant.total, grant=grant)
+    seconds = question.proposed if answer in ("y", YES) else parse_duration(answer)
+    _note(book, grants.TYPED, question.place, question.estimate, who, timeout=None, budget=seconds)
+    return Agreed(word=decision.TYPED, total=seconds, attempt=None)
+
+
+def decline(question: Question, who: str | None, book: Book | None = None) -> None:
+    """Write down that a person said no. Never raises: that it cannot be written does not undo it."""
+    _note(book or Book(), grants.DECLINED, question.place, question.estimate, who)
+
+
+def _note(
+    book: Book, kind: str, place: Place, estimate: Estimate | None, who: str | None, **values: Any
+) -> None:
     """Write down what a person said; that it cannot be written does not undo it."""
     try:
         book.log.append(
             kind,
-            place={
-                "project": wanted.place.project,
-                "notebook": wanted.place.notebook,
-                "run": wanted.place.run_id,
-            },
+            place={"project": place.project, "notebook": place.notebook, "run": place.run_id},
             by=identity(who),
-            estimate=None if wanted.estimate is None else wanted.estimate.to_dict(),
+            estimate=None if estimate is None else estimate.to_dict(),
             **values,
         )
     except GrdError:

@@ -22,7 +22,7 @@ from grd.runs.folder import RunFolder, new_run_id
 from grd.runs.model import Attempt, RunRecord, now_iso
 from grd.settings import Settings, find_project_root, load_settings
 from grd.steps import keys
-from grd.steps.agreeing import Agreed, Asker, Wanted, agree, cap_of, give_back
+from grd.steps.agreeing import Agreed, Answered, Asker, Wanted, agree, cap_of, give_back
 from grd.steps.estimator import estimate_request
 from grd.steps.request import (
     Limits,
@@ -57,7 +57,7 @@ def research(
     on_end: str | None = None,
     mlflow: str | bool | None = None,
     mlflow_experiment: str | None = None,
-    ask: Asker | None = None,
+    ask: Asker | Answered | None = None,
     wait: bool = True,
     on_start: Callable[[Run], None] | None = None,
     on_event: OnEvent | None = None,
@@ -72,7 +72,8 @@ def research(
     ``key`` makes the call idempotent: the run that was started with it is attached to, resumed, or just
     returned, whichever applies. ``on_end`` is a shell command the runner executes when the run has ended.
     ``mlflow`` sends the run to MLflow while it runs: the URI of a store, or True for the one MLflow's own
-    environment names; by default the settings decide. ``ask`` puts a question to whoever is there.
+    environment names; by default the settings decide. ``ask`` puts a question to whoever is there, or is
+    the answer to one that was put before.
     Raises NotebookNotFound, NotebookError, ParameterError, KernelUnavailable, ApprovalRequired or UsageError
     before anything is started or written.
     """

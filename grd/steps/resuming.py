@@ -33,7 +33,7 @@ from grd.runs.folder import RunFolder
 from grd.runs.liveness import needs_recovery
 from grd.runs.model import Attempt, RunRecord, seconds_left
 from grd.settings import find_project_root, format_duration, load_settings
-from grd.steps.agreeing import Agreed, Asker, Wanted, agree, cap_of, give_back
+from grd.steps.agreeing import Agreed, Answered, Asker, Wanted, agree, cap_of, give_back
 from grd.steps.request import (
     adoption_warnings,
     check_language,
@@ -63,7 +63,7 @@ def resume(
     mlflow: str | bool | None = None,
     mlflow_experiment: str | None = None,
     now: bool = False,
-    ask: Asker | None = None,
+    ask: Asker | Answered | None = None,
     wait: bool = True,
     on_start: Callable[[Run], None] | None = None,
     on_event: OnEvent | None = None,
@@ -112,7 +112,7 @@ def resume_folder(
     mlflow: str | bool | None = None,
     mlflow_experiment: str | None = None,
     now: bool = False,
-    ask: Asker | None = None,
+    ask: Asker | Answered | None = None,
     on_note: OnNote | None,
 ) -> Started:
     """`resume` of the run in ``folder``, started and not waited for."""
@@ -269,7 +269,7 @@ def _apply_limits(
         record.grace = grace_seconds
 
 
-def _agree(folder: RunFolder, record: RunRecord, typed_now: bool, ask: Asker | None) -> Agreed:
+def _agree(folder: RunFolder, record: RunRecord, typed_now: bool, ask: Asker | Answered | None) -> Agreed:
     budget = record.budget
     typed = budget.get("typed", budget.get("seconds") if budget.get("agreed") == "typed" else None)
     root = find_project_root(Path(record.working_dir))

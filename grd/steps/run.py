@@ -50,6 +50,11 @@ class Run:
         return self._folder
 
     @property
+    def process(self) -> subprocess.Popen[bytes] | None:
+        """The runner, where this process started it."""
+        return self._process
+
+    @property
     def id(self) -> str:
         """The run id."""
         return self._folder.run_id
@@ -204,15 +209,18 @@ def list_runs(*, runs_dir: str | Path | None = None, state: str | None = None) -
     ]
 
 
-def status_of(folder: RunFolder) -> dict[str, Any]:
-    """The record's words with live progress, metrics and checkpoint where the run is under way."""
+def status_of(folder: RunFolder, *, view: LiveView | None = None) -> dict[str, Any]:
+    """The record's words with live progress, metrics and checkpoint where the run is under way.
+
+    ``view`` spares reading the events: the view after all of them, of somebody who looks again and again.
+    """
     record = recovery.current_record(folder)
     shown = record.to_dict()
     stores = mlflow_state.summary(folder, record.attempt)
     if record.mlflow is not None or stores:
         shown["mlflow"] = {**(record.mlflow or {}), "stores": stores}
     if record.state in (contract.RUNNING, contract.QUEUED):
-        view = view_of(folder)
+        view = view or view_of(folder)
         shown["progress"] = progress_with_interval(view, record.estimate)
         shown["metrics"] = view.metrics
         shown["checkpoint"] = view.checkpoint or record.checkpoint

@@ -7,12 +7,31 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
+
+if TYPE_CHECKING:
+    from grd.steps.agreeing import Answered, Asker
+    from grd.steps.run import Run
+
+
+class Panels(Protocol):
+    """Asks and shows runs by something that stays, while the command itself returns at once."""
+
+    def can_show(self) -> bool:
+        """Whether somebody is there now who would see it."""
+
+    def begin(
+        self, start: Callable[[Asker | Answered, Callable[[str], None]], Run], line: str, notes: list[str]
+    ) -> Run:
+        """Start a run, or ask first and start it then."""
+
+    def of(self, run: Run) -> Run:
+        """A run to be looked at."""
 
 
 @dataclass
@@ -26,6 +45,16 @@ class Surface:
     debug: bool = False
     last_run: Path | None = None
     """Folder of the newest run this surface started: in Jupyter it is what ``status`` is about."""
+    panels: Panels | None = None
+    line: str = ""
+    """What was typed, as it is typed there again."""
+    warning: Callable[[], str | None] = lambda: None
+    """What to say before a start about the process that asks for it."""
+
+    @property
+    def shows_panels(self) -> bool:
+        """Whether a run is shown by a panel here and now."""
+        return self.panels is not None and self.panels.can_show()
 
 
 def surface() -> Surface:

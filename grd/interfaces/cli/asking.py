@@ -7,7 +7,7 @@ import click
 from grd.agreement.person import JUPYTER, who_can_answer
 from grd.interfaces.cli.rendering import say
 from grd.settings import format_duration
-from grd.steps.agreeing import Question
+from grd.steps.agreeing import SESSION_SECONDS, Question
 
 PROMPT = "y (yes, this run), s (yes, this session), c (capped), n (no), or a time such as 2h: "
 
@@ -28,12 +28,23 @@ def ask(question: Question) -> str:
 
 def lines_of(question: Question) -> list[str]:
     """The question in lines."""
-    about = "unknown" if question.seconds is None else f"about {format_duration(max(0.1, question.seconds))}"
-    low = "" if question.low is None else f"{format_duration(max(0.1, question.low))} to "
     return [
-        f"{question.notebook} may take long: {about} ({low}{format_duration(question.high)})",
-        f"  from {question.basis}" if question.basis else "  no basis is known",
+        f"{question.notebook} may take long: {span_of(question)}",
+        f"  {basis_of(question)}",
         f"  a yes agrees to {format_duration(question.proposed)} in all attempts of this run together,",
-        "  for the session to 4h of this project's runs; capped it saves and stops after "
-        f"{format_duration(question.otherwise)}",
+        f"  for the session to {format_duration(SESSION_SECONDS)} of this project's runs; capped it saves "
+        f"and stops after {format_duration(question.otherwise)}",
     ]
+
+
+def span_of(question: Question) -> str:
+    """``about 2h (40m to 6h)``."""
+    estimate = question.estimate
+    about = "unknown" if estimate.seconds is None else f"about {format_duration(max(0.1, estimate.seconds))}"
+    low = f"{format_duration(max(0.1, estimate.low))} to "
+    return f"{about} ({low}{format_duration(question.high)})"
+
+
+def basis_of(question: Question) -> str:
+    """What the estimate was made from."""
+    return f"from {question.estimate.basis}" if question.estimate.basis else "no basis is known"

@@ -70,7 +70,10 @@ def status(run: str | None, everything: bool, runs_dir: str | None, as_json: boo
 def _one(folder: RunFolder, as_json: bool) -> Answer:
     shown = runs.status_of(folder)
     _tell_of_other_versions([recovery.current_record(folder)])
-    return Answer(document=shown, lines=describe_end(shown), value=runs.Run(folder), as_json=as_json)
+    found, here = runs.Run(folder), surface()
+    if here.panels is not None and here.shows_panels and not as_json:
+        found = here.panels.of(found)
+    return Answer(document=shown, lines=describe_end(shown), value=found, as_json=as_json)
 
 
 def _tell_of_other_versions(records: Sequence[RunRecord]) -> None:

@@ -228,60 +228,82 @@ def format_count(value: Any) -> str:
 
 def describe_end(shown: dict[str, Any]) -> list[str]:
     """A run's state in lines: what it is, why, what it has, and the next command."""
+    lines = [f"{shown['run_id']}: {headline(shown)}"]
+    if shown.get("detail"):
+        lines.append(f"  {shown['detail']}")
+    return lines + [f"  {_line(*row)}" for row in rows_of(shown)]
+
+
+def headline(shown: dict[str, Any]) -> str:
+    """``interrupted (deadline) after 1h in 2 attempts``."""
     because = f" ({shown['cause']})" if shown.get("cause") else ""
     used = (shown.get("budget") or {}).get("used_seconds")
     spent = f" after {format_duration(used)}" if used else ""
     attempts = f" in {shown['attempt']} attempts" if shown.get("attempt", 1) > 1 else ""
-    lines = [f"{shown['run_id']}: {shown['state']}{because}{spent}{attempts}"]
-    if shown.get("detail"):
-        lines.append(f"  {shown['detail']}")
+    return f"{shown['state']}{because}{spent}{attempts}"
+
+
+def rows_of(shown: dict[str, Any]) -> list[tuple[str, str]]:
+    """What there is to say about a run beside its state, each with its name; the last is the next command."""
+    rows = []
     progress = shown.get("progress")
     if progress:
         going = shown.get("state") == contract.RUNNING
-        text = progress_text(progress if going else {**progress, "eta_seconds": None})
-        lines.append(f"  progress    {text}")
-    lines += [f"  {text}" for text in resources_text(shown)]
-    lines += [f"  warning     {text}" for text in shown.get("warnings") or []]
-    lines += [f"  {text}" for text in mlflow_text(shown)]
+        rows.append(("progress", progress_text(progress if going else {**progress, "eta_seconds": None})))
+    rows += resources_rows(shown)
+    rows += [("warning", text) for text in shown.get("warnings") or []]
+    rows += _mlflow_rows(shown)
     if shown.get("metrics"):
-        lines.append(f"  metrics     {metrics_text(shown['metrics'])}")
+        rows.append(("metrics", metrics_text(shown["metrics"])))
     if shown.get("checkpoint"):
-        lines.append(f"  checkpoint  {_position(shown['checkpoint'])}: {shown['checkpoint'].get('path')}")
-    lines.append(f"  folder      {shown['folder']}")
+        rows.append(("checkpoint", f"{_position(shown['checkpoint'])}: {shown['checkpoint'].get('path')}"))
+    rows.append(("folder", str(shown["folder"])))
     if shown.get("cause") == contract.START_FAILED:
-        lines.append(f"  log         {RunFolder(Path(shown['folder'])).attempt(shown['attempt']).log}")
+        rows.append(("log", str(RunFolder(Path(shown["folder"])).attempt(shown["attempt"]).log)))
     if shown.get("state") == contract.RUNNING and shown.get("runner"):
         silent = shown.get("heartbeat_seconds") or 0.0
         hung = f", silent for {format_duration(silent)}: stopped or hung?" if silent > SILENT_SECONDS else ""
-        lines.append(f"  runner      pid {shown['runner']['pid']} on {shown['runner']['host']}{hung}")
+        rows.append(("runner", f"pid {shown['runner']['pid']} on {shown['runner']['host']}{hung}"))
     if shown.get("resume_command"):
-        lines.append(f"  next        {shown['resume_command']}")
+        rows.append(("next", shown["resume_command"]))
     elif shown.get("state") == contract.COMPLETED:
-        lines.append(f"  next        grd result {shown['run_id']}")
-    return lines
+        rows.append(("next", f"grd result {shown['run_id']}"))
+    return rows
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:<12}{text}"
 
 
 def resources_text(shown: dict[str, Any]) -> list[str]:
-    """What the newest attempt uses, or used, in lines: memory, processors, GPUs, beside how fast it goes."""
+    """`resources_rows` as lines."""
+    return [_line(*row) for row in resources_rows(shown)]
+
+
+def resources_rows(shown: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the newest attempt uses, or used: memory, processors, GPUs, beside how fast it goes."""
     attempts = shown.get("attempts") or [{}]
     used = shown.get("resources") or attempts[-1].get("resources") or {}
     going = shown.get("state") == contract.RUNNING
     rates = _rates(shown.get("progress") or {})
-    lines = [f"resources   {_usage_text(used, going=going)}"] if used.get("peak_memory_bytes") else []
+    rows = [("resources", _usage_text(used, going=going))] if used.get("peak_memory_bytes") else []
     if rates:
-        lines.append(
-            f"rates       {', '.join(rates)}: of all the time, loading, validating and saving included"
+        rows.append(
+            ("rates", f"{', '.join(rates)}: of all the time, loading, validating and saving included")
         )
     gpus = used.get("gpus") or []
     now = {each.get("uuid"): each for each in used.get("gpu_now") or []} if going else {}
-    lines += [f"gpu         {_gpu_text(gpu, now.get(gpu.get('uuid')))}" for gpu in gpus]
+    rows += [("gpu", _gpu_text(gpu, now.get(gpu.get("uuid")))) for gpu in gpus]
     if any(gpu.get("mean_utilization_percent") is not None for gpu in gpus):
         # Utilisation is the share of time in which any kernel ran, on however few of a device's units.
-        lines.append(
-            "            time in which something ran says nothing of how much of the GPU it used: "
-            + ("compare the rates" if rates else "compare how fast the training goes")
+        compare = "the rates" if rates else "how fast the training goes"
+        rows.append(
+            (
+                "",
+                f"time in which something ran says nothing of how much of the GPU it used: compare {compare}",
+            )
         )
-    return lines
+    return rows
 
 
 def _usage_text(used: dict[str, Any], *, going: bool) -> str:
@@ -318,14 +340,14 @@ def _gpu_text(gpu: dict[str, Any], now: dict[str, Any] | None) -> str:
     return "".join(told)
 
 
-def mlflow_text(shown: dict[str, Any]) -> list[str]:
+def _mlflow_rows(shown: dict[str, Any]) -> list[tuple[str, str]]:
     """What has arrived in MLflow, and what to type where not all of it has."""
     chosen = shown.get("mlflow")
     if chosen is None:
         return []
     ended = shown.get("state") in contract.ENDED_STATES
     command = f"; grd mlflow export {shown['run_id']}" if ended else ""
-    lines = []
+    rows = []
     for store in chosen.get("stores") or []:
         text = f"run {store['run_id']} in {store['uri']}" if store["run_id"] else f"{store['uri']}"
         if store["error"]:
@@ -334,8 +356,8 @@ def mlflow_text(shown: dict[str, Any]) -> list[str]:
             text += f": not all has arrived{command}"
         if store["refused"]:
             text += f" ({store['refused']} values were refused)"
-        lines.append(f"mlflow      {text}")
-    return lines or [f"mlflow      nothing has arrived yet{command}"]
+        rows.append(("mlflow", text))
+    return rows or [("mlflow", f"nothing has arrived yet{command}")]
 
 
 def local_time(iso: str | None) -> str:

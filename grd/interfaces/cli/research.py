@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,18 +14,28 @@ from grd import contract
 from grd.errors import GrdError, NotFoundError, UsageError
 from grd.execution.parameters import RawText
 from grd.interfaces.cli import exit_codes
-from grd.interfaces.cli.answer import Answer, AnsweringCommand, surface
+from grd.interfaces.cli.answer import Answer, AnsweringCommand, Surface, surface
 from grd.interfaces.cli.asking import ask
 from grd.interfaces.cli.completion import complete_notebooks, run_argument
 from grd.interfaces.cli.rendering import ProgressPrinter, describe_end
 from grd.interfaces.run_table import RunTable
 from grd.runs.folder import RunFolder
 from grd.runs.model import RunRecord
+from grd.steps.agreeing import Answered, Asker
 from grd.steps.run import Run, list_runs, runs_folder
 
 _NOTHING_TO_RESUME = "no interrupted run could be resumed; see: grd status"
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reporting:
+    """Who hears of a run's start, of notes, and of its events."""
+
+    on_start: Callable[[Run], None]
+    on_note: Callable[[str], None]
+    on_event: Callable[[dict[str, Any]], None] | None = None
 
 
 def parameter_options(command: Command) -> Command:
@@ -173,31 +185,34 @@ def research(
     from grd.steps import researcher
 
     waits = surface().waits if wait is None else wait
-    printer = ProgressPrinter(quiet=quiet, as_json=as_json)
-    run = researcher.research(
-        notebook,
-        gather(pairs, raws, yamls, files),
-        timeout=timeout,
-        budget=budget,
-        mlflow=mlflow,
-        mlflow_experiment=mlflow_experiment,
-        ask=ask,
-        name=name,
-        kernel=kernel,
-        checkpoint_dir=checkpoint_dir,
-        key=key,
-        on_end=on_end,
-        grace=grace,
-        start_timeout=start_timeout,
-        max_output=max_output,
-        runs_dir=runs_dir,
-        allow_unknown=allow_unknown,
-        wait=waits,
-        on_start=lambda started: _announce(started, printer, quiet, waits),
-        on_event=printer,
-        on_note=printer.say,
-    )
-    return _finish(run, printer, as_json, waits)
+    parameters = gather(pairs, raws, yamls, files)
+
+    def start(asker: Asker | Answered, reporting: Reporting) -> Run:
+        return researcher.research(
+            notebook,
+            parameters,
+            timeout=timeout,
+            budget=budget,
+            mlflow=mlflow,
+            mlflow_experiment=mlflow_experiment,
+            ask=asker,
+            name=name,
+            kernel=kernel,
+            checkpoint_dir=checkpoint_dir,
+            key=key,
+            on_end=on_end,
+            grace=grace,
+            start_timeout=start_timeout,
+            max_output=max_output,
+            runs_dir=runs_dir,
+            allow_unknown=allow_unknown,
+            wait=waits,
+            on_start=reporting.on_start,
+            on_event=reporting.on_event,
+            on_note=reporting.on_note,
+        )
+
+    return _begin(start, waits=waits, quiet=quiet, as_json=as_json)
 
 
 @click.command(cls=AnsweringCommand)
@@ -254,9 +269,7 @@ def resume(
     parameters = gather(pairs, raws, yamls, files)
     waits = surface().waits if wait is None else wait
 
-    printer = ProgressPrinter(quiet=quiet, as_json=as_json)
-
-    def resume_one(which: str | Run, on_event: Callable[[dict[str, Any]], None]) -> Run:
+    def resume_one(which: str | Run, asker: Asker | Answered, reporting: Reporting) -> Run:
         return resuming.resume(
             which,
             parameters,
@@ -272,32 +285,56 @@ def resume(
             runs_dir=runs_dir,
             allow_unknown=allow_unknown,
             now=now,
-            ask=ask,
+            ask=asker,
             wait=waits,
-            on_start=lambda started: _announce(started, printer, quiet, waits),
-            on_event=on_event,
-            on_note=printer.say,
+            on_start=reporting.on_start,
+            on_event=reporting.on_event,
+            on_note=reporting.on_note,
         )
 
     if run is not None:
-        return _finish(resume_one(run, printer), printer, as_json, waits)
-    return _resume_all(resume_one, printer, runs_dir, as_json, waits)
+        return _begin(partial(resume_one, run), waits=waits, quiet=quiet, as_json=as_json)
+    return _resume_all(resume_one, runs_dir, waits=waits, quiet=quiet, as_json=as_json)
+
+
+def _begin(
+    start: Callable[[Asker | Answered, Reporting], Run], *, waits: bool, quiet: bool, as_json: bool
+) -> Answer:
+    """Start a run and say how it went, or leave both to a panel, where one can be shown."""
+    here = surface()
+    warning = here.warning()
+    if here.panels is not None and here.shows_panels and not waits and not as_json:
+        remember = partial(_remember, here)
+        shown = here.panels.begin(
+            lambda asker, on_note: start(asker, Reporting(on_start=remember, on_note=on_note)),
+            here.line,
+            [] if warning is None else [warning],
+        )
+        return Answer(document={}, value=shown)
+    printer = ProgressPrinter(quiet=quiet, as_json=as_json)
+    if warning is not None:
+        printer.say(warning)
+    run = start(ask, _reporting(printer, printer, quiet, waits))
+    return _finish(run, printer, as_json, waits)
 
 
 def _resume_all(
-    resume_one: Callable[[str | Run, Callable[[dict[str, Any]], None]], Run],
-    printer: ProgressPrinter,
+    resume_one: Callable[[str | Run, Asker | Answered, Reporting], Run],
     runs_dir: str | None,
+    *,
+    waits: bool,
+    quiet: bool,
     as_json: bool,
-    waited: bool,
 ) -> Answer:
     """Oldest first; one that cannot be resumed is said and does not hold up the others."""
+    printer = ProgressPrinter(quiet=quiet, as_json=as_json)
     shown, codes = [], [exit_codes.OK]
     resumed: list[tuple[RunFolder, RunRecord]] = []
     found = list_runs(runs_dir=runs_dir, state=contract.INTERRUPTED)
     for interrupted in sorted(found, key=lambda run: run.record.created_at):
         try:
-            run = resume_one(interrupted, printer.of(interrupted.id))
+            reporting = _reporting(printer, printer.of(interrupted.id), quiet, waits)
+            run = resume_one(interrupted, ask, reporting)
         except GrdError as error:
             printer.say(f"{interrupted.id}: {error}")
             codes.append(exit_codes.of_error(error))
@@ -305,7 +342,7 @@ def _resume_all(
         ended = run.to_dict()
         shown.append(ended)
         resumed.append((run.run_folder, run.record))
-        if waited:
+        if waits:
             codes.append(exit_codes.of_run(ended["state"], ended["cause"]))
     printer.close()
     return Answer(
@@ -354,12 +391,22 @@ def _mapping(text: str, origin: str) -> dict[str, Any]:
     return value
 
 
-def _announce(run: Run, printer: ProgressPrinter, quiet: bool, waits: bool) -> None:
+def _reporting(
+    printer: ProgressPrinter, on_event: Callable[[dict[str, Any]], None], quiet: bool, waits: bool
+) -> Reporting:
     here = surface()
+
+    def announce(run: Run) -> None:
+        _remember(here, run)
+        if not quiet and (here.prints or waits):  # an object that comes at once says the same
+            printer.say(f"run {run.id}")
+            printer.say(f"folder {run.folder}")
+
+    return Reporting(on_start=announce, on_note=printer.say, on_event=on_event)
+
+
+def _remember(here: Surface, run: Run) -> None:
     here.last_run = run.folder
-    if not quiet and (here.prints or waits):  # an object that comes at once says the same
-        printer.say(f"run {run.id}")
-        printer.say(f"folder {run.folder}")
 
 
 def _finish(run: Run, printer: ProgressPrinter, as_json: bool, waited: bool) -> Answer:
