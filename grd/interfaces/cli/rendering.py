@@ -240,6 +240,10 @@ def describe_end(shown: dict[str, Any]) -> list[str]:
         going = shown.get("state") == contract.RUNNING
         text = progress_text(progress if going else {**progress, "eta_seconds": None})
         lines.append(f"  progress    {text}")
+    leased = (shown.get("attempts") or [{}])[-1].get("gpus") or []
+    if leased:
+        words = ", ".join(f"GPU {each['gpu']} ({each['uuid']})" for each in leased)
+        lines.append(f"  leased      {words}")
     lines += [f"  {text}" for text in resources_text(shown)]
     lines += [f"  warning     {text}" for text in shown.get("warnings") or []]
     lines += [f"  {text}" for text in mlflow_text(shown)]

@@ -11,6 +11,7 @@ import click
 from grd import contract
 from grd.errors import GrdError, NotFoundError, UsageError
 from grd.execution.parameters import RawText
+from grd.hardware.pools import POOLS
 from grd.interfaces.cli import exit_codes
 from grd.interfaces.cli.answer import Answer, AnsweringCommand, surface
 from grd.interfaces.cli.asking import ask
@@ -109,6 +110,18 @@ def _limit_options(command: Command) -> Command:
             help="Send the run to MLflow while it runs: to this store, or where MLFLOW_TRACKING_URI says. "
             "Write it behind the notebook.",
         ),
+        click.option(
+            "--gpu-pool",
+            type=click.Choice(POOLS),
+            help="Which of the machine's GPUs. Default: training; a pool without a setting has all of them.",
+        ),
+        click.option(
+            "--gpus",
+            type=click.IntRange(0),
+            metavar="N",
+            help="Lease N GPUs, waiting until they are free; 0 hides them. Default: one where there are any, "
+            "unless CUDA_VISIBLE_DEVICES chooses.",
+        ),
         click.option("--budget", metavar="TIME", help="Cap on all attempts of the run together, such as 4h."),
         click.option(
             "--timeout",
@@ -150,6 +163,8 @@ def research(
     budget: str | None,
     mlflow: str | None,
     mlflow_experiment: str | None,
+    gpus: int | None,
+    gpu_pool: str | None,
     grace: str | None,
     start_timeout: str | None,
     max_output: str | None,
@@ -168,6 +183,7 @@ def research(
       grd research train.ipynb
       grd research train.ipynb -p lr 0.01 -p epochs 40 --timeout 2h
       grd research train.ipynb --timeout 3h --detach
+      grd research train.ipynb --gpus 2
       grd research train.ipynb --key nightly --timeout 8m --budget 4h
     """
     from grd.steps import researcher
@@ -181,6 +197,8 @@ def research(
         budget=budget,
         mlflow=mlflow,
         mlflow_experiment=mlflow_experiment,
+        gpus=gpus,
+        gpu_pool=gpu_pool,
         ask=ask,
         name=name,
         kernel=kernel,
@@ -227,6 +245,8 @@ def resume(
     budget: str | None,
     mlflow: str | None,
     mlflow_experiment: str | None,
+    gpus: int | None,
+    gpu_pool: str | None,
     grace: str | None,
     start_timeout: str | None,
     max_output: str | None,
@@ -266,6 +286,8 @@ def resume(
             budget=budget,
             mlflow=mlflow,
             mlflow_experiment=mlflow_experiment,
+            gpus=gpus,
+            gpu_pool=gpu_pool,
             grace=grace,
             start_timeout=start_timeout,
             max_output=max_output,
