@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import html
 import subprocess
 import time
@@ -145,6 +144,8 @@ class Run:
 
     async def await_end(self, timeout: float | None = None) -> bool:
         """`wait` for an event loop: nothing is blocked meanwhile."""
+        import asyncio  # dear, and nothing else that looks at runs needs it
+
         from grd.steps.following import POLL_SECONDS, is_under_way
 
         give_up = None if timeout is None else time.monotonic() + timeout
