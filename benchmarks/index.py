@@ -33,6 +33,7 @@ from grd import contract
 from grd.runs.index import Row, RunIndex, Stamp
 
 index, failed, longest = RunIndex(Path(sys.argv[1]), wait_seconds=30.0), 0, 0.0
+print(flush=True)
 sys.stdin.read()
 for number in range(int(sys.argv[3])):
     began = time.perf_counter()
@@ -73,13 +74,20 @@ def writers(path: Path) -> None:
         )
         for number in range(WRITERS)
     ]
+    for process in started:
+        assert process.stdout is not None and process.stdin is not None
+        process.stdout.readline()  # it is ready
     began = time.perf_counter()
-    answers = [process.communicate("")[0].split() for process in started]
+    for process in started:
+        process.stdin.close()
+    answers = [process.stdout.read().split() for process in started]
+    for process in started:
+        process.wait(60)
     took = time.perf_counter() - began
     errors = sum(int(failed) for failed, _ in answers)
     longest = max(float(seconds) for _, seconds in answers)
     print(
-        f"{WRITERS} writers x {TRANSACTIONS} transactions: {took:.1f} s with their starts, {errors} errors, "
+        f"{WRITERS} writers x {TRANSACTIONS} transactions: {took:.1f} s, {errors} errors, "
         f"the longest wait {longest:.2f} s",
         flush=True,
     )

@@ -161,8 +161,11 @@ class RunRecord:
             raise ConfigurationError(f"run.json is incomplete: {error}") from None
 
 
+_NAMES = {kind: frozenset(f.name for f in fields(kind)) - {"unknown"} for kind in (Attempt, RunRecord)}
+
+
 def _sorted_out(kind: type[Any], value: dict[str, Any]) -> dict[str, Any]:
-    known = {f.name for f in fields(kind)} - {"unknown"}
+    known = _NAMES[kind]
     kept = {name: item for name, item in value.items() if name in known}
     return {**kept, "unknown": {name: item for name, item in value.items() if name not in known}}
 
