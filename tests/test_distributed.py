@@ -102,7 +102,7 @@ def test_a_function_of_the_notebook_is_told_from_one_of_a_module(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(function_of_this_test, "__module__", "__main__")
-    with pytest.raises(UsageError, match="function_of_this_test. is a function of this notebook"):
+    with pytest.raises(UsageError, match=r"function_of_this_test. is a function of this notebook"):
         distributed.launch(function_of_this_test)
 
 

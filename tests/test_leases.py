@@ -155,6 +155,18 @@ def test_who_chose_by_cuda_visible_devices_needs_no_lease_and_gets_one_of_those(
     assert take(1) is None
 
 
+def test_a_run_within_a_run_does_not_wait_for_its_own_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    replay(monkeypatch, "5", "5", "5")
+    monkeypatch.setenv("GRD_GPUS", f"0:{uuid(0)},2:{uuid(2)}")
+    leases.check(Wanted(1), Settings())
+    monkeypatch.setenv(VISIBLE, f"{uuid(0)},{uuid(2)}")
+    with pytest.raises(ResourceUnavailable, match="would wait for its own end"):
+        leases.check(Wanted(1), Settings())
+    assert taken(None) == []
+    assert grd.allocate_gpu() == 0
+    assert leases.holders() == []
+
+
 def test_none_is_leased_where_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     replay(monkeypatch, "5")
     (tmp_path / "file").write_text("")

@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from grd import contract
 from grd.errors import ConfigurationError, ResourceUnavailable, UsageError
 from grd.files import is_locked, take_lock
 from grd.hardware.monitor import GPUMonitor, GPUStats, wants_mock
@@ -119,6 +121,12 @@ def check(wanted: Wanted, settings: Settings, environment: Mapping[str, str] = o
         return
     with GPUMonitor(environment=environment) as monitor:
         devices = _devices(monitor, wanted, settings)
+        own = {each.partition(":")[2] for each in environment.get(contract.ENV_GPUS, "").split(",")}
+        if (wanted.count or 0) > sum(device.uuid not in own for device in devices):
+            raise ResourceUnavailable(
+                f"--gpus {wanted.count}: the run that types this has leased these GPUs itself, and would "
+                "wait for its own end; leave --gpus out, and they are shared"
+            )
         if devices and wanted.count is None and not _free(devices, settings):
             who = holders()
             names = "; ".join(describe_holder(each) for each in who) or "others"
@@ -153,26 +161,32 @@ def take(
 def _lease(devices: list[Device], count: int, settings: Settings, owner: Mapping[str, Any]) -> Lease | None:
     taken: list[Device] = []
     descriptors: list[int] = []
-    for device in sorted(devices, key=_load):
-        if len(taken) == count:
-            break
-        for slot in range(settings.gpu_slots):
-            path = _file(device.uuid, slot)
-            descriptor = take_lock(path)
-            if descriptor is None:
-                continue
-            device_words = {"uuid": device.uuid, "gpu": device.card, "slot": slot, "pid": os.getpid()}
-            text = json.dumps({**owner, **device_words, "since": datetime.now(UTC).isoformat()[:19] + "Z"})
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, text.encode(), 0)
-            taken.append(device)
-            descriptors.append(descriptor)
-            break
+    try:
+        for device in sorted(devices, key=_load):
+            slots = range(settings.gpu_slots) if len(taken) < count else ()
+            for slot in slots:
+                descriptor = take_lock(_file(device.uuid, slot))
+                if descriptor is None:
+                    continue
+                taken.append(device)
+                descriptors.append(descriptor)
+                _sign(descriptor, device, slot, owner)
+                break
+    except OSError as error:
+        Lease(taken, descriptors).close()
+        raise _cannot(error) from None
     lease = Lease(taken, descriptors)
     if len(taken) == count:
         return lease
     lease.close()
     return None
+
+
+def _sign(descriptor: int, device: Device, slot: int, owner: Mapping[str, Any]) -> None:
+    since = datetime.now(UTC).isoformat()[:19] + "Z"
+    what = {"uuid": device.uuid, "gpu": device.card, "slot": slot, "pid": os.getpid(), "since": since}
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps({**owner, **what}).encode(), 0)
 
 
 def _load(device: Device) -> tuple[int, int, int, str]:
@@ -243,7 +257,9 @@ def _is_named(row: GPUStats, entry: str) -> bool:
 
 
 def visible_count(environment: Mapping[str, str] = os.environ) -> int | None:
-    """How many GPUs a program started here would see; None where that is not known (AMD's)."""
+    """How many GPUs a program started here would see; None where that is not known (AMD's, Apple's)."""
+    if sys.platform == "darwin":
+        return None
     if wants_mock(None, environment):
         return 0  # nothing can run on them
     if not may_have_gpus() and not os.path.exists("/dev/kfd"):  # noqa: PTH110
@@ -276,16 +292,20 @@ def _choosing() -> Iterator[None]:
         folder().mkdir(parents=True, exist_ok=True)
         lock = take_lock(folder() / "choosing.lock", wait_seconds=CHOOSING_SECONDS)
     except OSError as error:
-        raise ResourceUnavailable(
-            f"no GPU can be leased in {folder()}: {error.strerror or error}; choose one yourself: "
-            f"{VARIABLE}=0 grd ..."
-        ) from None
+        raise _cannot(error) from None
     if lock is None:
         raise ResourceUnavailable("another process has been choosing a GPU for long; see: grd gpus")
     try:
         yield
     finally:
         os.close(lock)
+
+
+def _cannot(error: OSError) -> ResourceUnavailable:
+    return ResourceUnavailable(
+        f"no GPU can be leased in {folder()}: {error.strerror or error}; choose one yourself: "
+        f"{VARIABLE}=0 grd ..."
+    )
 
 
 def holders() -> list[dict[str, Any]]:
