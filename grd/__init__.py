@@ -10,12 +10,15 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "GrdError": "grd.errors",
     "Run": "grd.steps.run",
+    "allocate_gpu": "grd.hardware.own_gpu",
     "aresearch": "grd.steps.awaiting",
     "aresume": "grd.steps.awaiting",
     "estimate_eda_duration": "grd.estimation.eda",
     "estimate_training_duration": "grd.estimation.training",
     "explore": "grd.steps.explorer",
+    "gpu_loads": "grd.hardware.leases",
     "list_runs": "grd.steps.run",
+    "release_gpu": "grd.hardware.own_gpu",
     "research": "grd.steps.researcher",
     "resume": "grd.steps.resuming",
     "run_with_timeout": "grd.execution.command",
@@ -26,12 +29,15 @@ __all__ = [
     "GrdError",
     "Run",
     "__version__",
+    "allocate_gpu",
     "aresearch",
     "aresume",
     "estimate_eda_duration",
     "estimate_training_duration",
     "explore",
+    "gpu_loads",
     "list_runs",
+    "release_gpu",
     "research",
     "resume",
     "run_with_timeout",
@@ -43,6 +49,8 @@ if TYPE_CHECKING:
     from grd.estimation.eda import estimate_eda_duration
     from grd.estimation.training import estimate_training_duration
     from grd.execution.command import run_with_timeout
+    from grd.hardware.leases import gpu_loads
+    from grd.hardware.own_gpu import allocate_gpu, release_gpu
     from grd.steps.awaiting import aresearch, aresume
     from grd.steps.explorer import explore
     from grd.steps.researcher import research

@@ -22,6 +22,8 @@ ENV_NONINTERACTIVE: Final = "GRD_NONINTERACTIVE"  # "1": nobody can answer a que
 ENV_MARKER: Final = "GRD_PROCESS_MARKER"  # carried by every process of one attempt, so that all can be found
 ENV_RUNNER: Final = "GRD_RUNNER"  # the run whose runner a process is, or stems from
 ENV_REQUESTER: Final = "GRD_REQUESTER"  # "pid:start" of the process that started the kernel
+ENV_GPUS: Final = "GRD_GPUS"  # "number:UUID,..." of the GPUs that were leased for the run
+ENV_LEASES: Final = "GRD_LEASES"  # file descriptors of those leases, for the kernel's guardian only
 ENV_KERNEL_GRACE: Final = "GRD_KERNEL_GRACE"  # seconds a kernel has to save once its requester is gone
 
 KERNEL_ENVIRONMENT: Final = (
@@ -34,6 +36,8 @@ KERNEL_ENVIRONMENT: Final = (
     ENV_DEADLINE,
     ENV_MARKER,
     ENV_REQUESTER,
+    ENV_GPUS,
+    ENV_LEASES,
     ENV_KERNEL_GRACE,
 )
 

@@ -110,6 +110,26 @@ def parse_mlflow(value: str | bool) -> str:
     return text
 
 
+def parse_gpus(value: str | int | list[str | int]) -> tuple[str, ...]:
+    """GPUs as a list, or text with commas: the driver's numbers, or UUIDs. Raises ValueError."""
+    parts = value if isinstance(value, list) else [part for part in str(value).split(",") if part.strip()]
+    names = tuple(str(entry).strip() for entry in parts)
+    for name in names:
+        if not re.fullmatch(r"\d+|(GPU|MIG)-[0-9A-Za-z/-]+", name):
+            raise ValueError(f"{name!r} is no GPU; write numbers or UUIDs, such as 0,1 (see: grd gpus)")
+    if len(set(names)) != len(names):
+        raise ValueError("a GPU is named twice")
+    return names
+
+
+def parse_slots(value: str | int) -> int:
+    """How many runs share a GPU: 1 to 64. Raises ValueError."""
+    number = int(value)
+    if isinstance(value, bool) or not 1 <= number <= 64:
+        raise ValueError(f"{value!r} is not between 1 and 64")
+    return number
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """All settings, in seconds and bytes."""
@@ -138,6 +158,12 @@ class Settings:
     """MLflow's experiment; by default the notebook's name."""
     mlflow_interval: float = 10.0
     """Time between two samples in MLflow of what a run uses."""
+    training_gpus: tuple[str, ...] = ()
+    """GPUs that trainings are given, by the driver's number or UUID; none named: all there are."""
+    inference_gpus: tuple[str, ...] = ()
+    """The same for inference."""
+    gpu_slots: int = 1
+    """Runs that share a GPU."""
 
 
 _PARSERS: dict[str, Any] = {
@@ -150,6 +176,9 @@ _PARSERS: dict[str, Any] = {
     "max_lost_work": parse_duration,
     "mlflow": parse_mlflow,
     "mlflow_interval": parse_duration,
+    "training_gpus": parse_gpus,
+    "inference_gpus": parse_gpus,
+    "gpu_slots": parse_slots,
 }
 
 

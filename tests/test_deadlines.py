@@ -15,6 +15,7 @@ STARTED_AND_NOT_WAITED_FOR = {
     "execution/runner.py": "--on-end: the user's own command, after the run; nobody waits for it",
     "execution/guarded_kernel.py": "the guardian ends the kernel at its deadline",
     "execution/command_process.py": "run_with_timeout: the guardian, or `look`, keeps the limit",
+    "experiment/distributed.py": "part of its cell: the guardian ends it with the kernel, at its deadline",
     "hardware/facts.py": "waited for with communicate(timeout=...)",
     "tracking/mlflow/follower.py": "it ends itself, a minute after the run at the latest",
 }

@@ -187,11 +187,13 @@ async def start_guarded(
     grace: float,
     deadline: float | None,
     connection_file: str | None,
+    held: tuple[int, ...] = (),
     **options: Any,
 ) -> GuardedKernel:
     """Start ``command`` behind a guardian, with Popen's ``options``; descriptors, folder, environment arrive.
 
-    ``grace`` is in seconds, ``deadline`` in CLOCK_MONOTONIC seconds. Raises OSError as Popen does.
+    ``grace`` is in seconds, ``deadline`` in CLOCK_MONOTONIC seconds. The guardian holds the descriptors
+    ``held`` as long as it lives, and the kernel does not get them. Raises OSError as Popen does.
     """
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
@@ -200,7 +202,7 @@ async def start_guarded(
         "-I",
         "-S",
         str(GUARDIAN),
-        str(theirs.fileno()),
+        ",".join(map(str, (theirs.fileno(), *held))),
         str(os.getpid()),
         repr(grace),
         "-" if deadline is None else repr(deadline),
@@ -208,7 +210,7 @@ async def start_guarded(
         *command,
     ]
     try:
-        options["pass_fds"] = (*options.get("pass_fds", ()), theirs.fileno())
+        options["pass_fds"] = (*options.get("pass_fds", ()), theirs.fileno(), *held)
         watcher = launch_kernel(guarded, **options)
     except BaseException:
         ours.close()

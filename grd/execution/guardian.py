@@ -2,6 +2,8 @@
 
 Started by its path in a bare interpreter, so that a kernel starts hardly later for it: the standard library
 only, nothing of grd. ``python -I -S guardian.py CHANNEL REQUESTER GRACE DEADLINE CONNECTION_FILE COMMAND...``
+CHANNEL is a descriptor; others may follow it with commas, which are only held: locks that the kernel must not
+keep, and that must not be free before its end.
 
 Two processes, both subreapers: the guardian is the kernel's parent and acts; its parent, the watcher, acts
 where the guardian was killed or hangs. Whichever loses the other ends everything, and the kernel dies with
@@ -168,7 +170,7 @@ class Guard:
     """What guardian and watcher have in common: the requester they watch and the end they make."""
 
     def __init__(self, arguments: list[str]) -> None:
-        self.channel = int(arguments[0])
+        self.channel, *self.held = map(int, arguments[0].split(","))
         self.requester = int(arguments[1])
         self.grace = float(arguments[2])
         self.deadline = None if arguments[3] == "-" else float(arguments[3])
@@ -198,7 +200,7 @@ class Guard:
 
     def let_go(self, *kept: int) -> None:
         """Keep no file of the kernel's open, and no folder in use."""
-        kept_fds = {2, self.channel, self.requester_handle, self.wake, self.wake_write, *kept}
+        kept_fds = {2, self.channel, self.requester_handle, self.wake, self.wake_write, *self.held, *kept}
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1):
             os.dup2(null, fd)
@@ -426,7 +428,8 @@ def _read(fd: int) -> bytes:
 def main(arguments: list[str]) -> int:
     """Become watcher and guardian of the kernel in ``arguments``."""
     guard = Guard(arguments)
-    os.set_inheritable(guard.channel, False)
+    for fd in (guard.channel, *guard.held):
+        os.set_inheritable(fd, False)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     closes_with_watcher, held = os.pipe2(os.O_CLOEXEC)
     guardian = os.fork()

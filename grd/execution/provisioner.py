@@ -82,8 +82,10 @@ class GrdProvisioner(LocalProvisioner):
             self.started = processes.start_time(self.pid)
             return info
         environment = kwargs["env"]
+        leases = environment.pop(contract.ENV_LEASES, "")
         kernel = await start_guarded(
             cmd,
+            held=tuple(int(number) for number in leases.split(",") if number),
             grace=_grace(environment, of_run=True) if self.grace is None else self.grace,
             deadline=_seconds(environment.get(contract.ENV_DEADLINE)),
             connection_file=getattr(self.parent, "connection_file", None),

@@ -23,6 +23,7 @@ from grd import contract
 from grd.agreement.use import GrantInUse
 from grd.errors import GrdError
 from grd.estimation.live import probe_result
+from grd.execution.gpu_turn import GpuTurn
 from grd.execution.outcome import Outcome, storage_cause
 from grd.execution.slow_imports import import_jsonschema
 from grd.execution.stopping import Stopper
@@ -63,13 +64,14 @@ class Runner:
         self._hardware: threading.Thread | None = None
         self._grant = GrantInUse(self.record, self.attempt)
         self._mlflow: subprocess.Popen[bytes] | None = None
+        self._gpus = GpuTurn(self.record, self.attempt)
         self._resources = ResourceSampler(
             self.paths.resources,
             lambda message: self.events.write(contract.EVENT_WARNING, message=message),
         )
         seconds, reason = seconds_left(self.record, self.attempt.cap)
         self.stopper = Stopper(
-            deadline=self.began + max(0.0, seconds),
+            deadline=None,  # counts from the moment on in which it has its GPUs
             deadline_reason=reason,
             grace=self.record.grace,
             stop_file=folder.stop_file,
@@ -91,6 +93,7 @@ class Runner:
             outcome = _outcome_of_crash(error)
         finally:
             reap(process_marker(self.record.run_id, self.attempt.number))
+        self._gpus.close()
         if self._hardware is not None:
             self._hardware.join(HARDWARE_SECONDS)
         self._end(outcome)
@@ -101,11 +104,27 @@ class Runner:
         return outcome
 
     def _begin_and_execute(self) -> Outcome:
+        try:
+            warning = self._gpus.wait(lambda: self.stopper.requested, self._note_waiting)
+        finally:
+            self.began = time.monotonic()  # waiting is no use of what was agreed to
+            self.stopper.deadline = self.began + max(0.0, self.seconds)
         self._begin()
+        if warning is not None:
+            self.events.write(contract.EVENT_WARNING, message=warning)
         if self.stopper.requested:
             # Asked to stop before the first cell: say so, rather than start a kernel for nothing.
             return Outcome(contract.INTERRUPTED, self.stopper.reason, "stopped before the first cell")
         return self._execute()
+
+    def _note_waiting(self, text: str) -> None:
+        """The run is still queued, and says why. On a file system without flock a fresh record says too
+        that somebody is there."""
+        if self.record.detail != text:
+            self.events.write(contract.EVENT_STATE, state=contract.QUEUED, cause=None, detail=text)
+        self.record.detail = text
+        with contextlib.suppress(OSError):
+            store.save(self.folder, self.record, durable=False)
 
     def _begin(self) -> None:
         record, attempt = self.record, self.attempt
@@ -269,7 +288,7 @@ class Runner:
             "resume": self.attempt.resume,
         }
         chosen = {name: value for name, value in injected.items() if name in self.record.declared}
-        return {**self.attempt.parameters, **chosen}
+        return {**self.attempt.parameters, **self._gpus.parameters(), **chosen}
 
     def _kernel_environment(self) -> dict[str, str]:
         checkpointing = self.record.checkpointing
@@ -279,6 +298,7 @@ class Runner:
         }
         return {
             **{name: str(value) for name, value in limits.items() if value is not None},
+            **self._gpus.environment(),
             contract.ENV_RUN_ID: self.record.run_id,
             contract.ENV_ATTEMPT: str(self.attempt.number),
             contract.ENV_EVENTS: str(self.folder.events),

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import grd.experiment.distributed as distributed
     import grd.experiment.training as training
     from grd.errors import ApprovalDeclined as ApprovalDeclined
     from grd.errors import ExperimentInterrupted as ExperimentInterrupted
@@ -41,6 +42,7 @@ __all__ = [
     "ExperimentInterrupted",
     "ExperimentTimeoutManager",
     "GracefulExperiment",
+    "distributed",
     "log_metrics",
     "progress",
     "set_aside",
@@ -51,8 +53,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "training":
-        return importlib.import_module("grd.experiment.training")
+    if name in ("distributed", "training"):
+        return importlib.import_module(f"grd.experiment.{name}")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from grd import contract
 from grd.errors import ReportError
 from grd.files import take_lock
 from grd.marked_section import write_section
-from grd.runs import recovery
+from grd.runs import listing
+from grd.runs.listing import Listed
 from grd.runs.model import RunRecord
 from grd.settings import find_project_root
 
@@ -47,6 +48,14 @@ def overview(records: Iterable[RunRecord]) -> Overview:
         failed=having(contract.FAILED),
         completed=len(having(contract.COMPLETED)),
     )
+
+
+def overview_of(entries: list[Listed]) -> Overview:
+    """The same for what was listed; what is completed is counted without being read."""
+    completed = sum(entry.state == contract.COMPLETED for entry in entries)
+    others = [entry for entry in entries if entry.state != contract.COMPLETED]
+    found = overview(record for _, record in listing.records(others))
+    return replace(found, completed=completed + found.completed)
 
 
 def next_command(record: RunRecord) -> str:
@@ -95,8 +104,8 @@ def write_state_page(runs_dir: Path) -> bool:
     try:
         for path in half_written_pages(planning):
             path.unlink(missing_ok=True)
-        records = [record for _, record in recovery.all_current(runs_dir)]
-        write_section(planning / "STATE.md", SECTION, state_section(overview(records)))
+        found = overview_of(listing.list_all(runs_dir))
+        write_section(planning / "STATE.md", SECTION, state_section(found))
     finally:
         os.close(lock)
     return True

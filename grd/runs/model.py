@@ -34,6 +34,8 @@ class Attempt:
     cap: dict[str, Any] | None = None
     """What this attempt may take beside the record's timeout and budget: seconds, cause (of the end it would
     meet), grant, counted (whether the grant's log could be written); None without such a cap."""
+    gpus: list[dict[str, Any]] | None = None
+    """GPUs that were leased for it: gpu (the driver's number) and uuid; None without a lease."""
     changes: dict[str, Any] = field(default_factory=dict)
     """What was changed against the attempt before: notebook, parameters, timeout, budget, from_epoch."""
     stop: dict[str, Any] | None = None
@@ -77,7 +79,7 @@ class RunRecord:
     working_dir: str
     checkpoint_dir: str
     declared: list[str] = field(default_factory=list)
-    """Which of timeout, checkpoint_dir, resume the notebook declares."""
+    """Which of timeout, checkpoint_dir, resume, and of the names about GPUs, the notebook declares."""
     created_at: str
     started_at: str | None = None
     ended_at: str | None = None
@@ -105,6 +107,8 @@ class RunRecord:
     resume_command: str | None = None
     mlflow: dict[str, Any] | None = None
     """Where it is sent: uri (None: what MLflow's environment says), experiment, interval (s); or None."""
+    gpus: dict[str, Any] | None = None
+    """GPUs to lease: count (None: nobody asked, one where the machine has any) and pool."""
     key: str | None = None
     """What made the start idempotent, or None."""
     on_end: str | None = None
@@ -157,8 +161,11 @@ class RunRecord:
             raise ConfigurationError(f"run.json is incomplete: {error}") from None
 
 
+_NAMES = {kind: frozenset(f.name for f in fields(kind)) - {"unknown"} for kind in (Attempt, RunRecord)}
+
+
 def _sorted_out(kind: type[Any], value: dict[str, Any]) -> dict[str, Any]:
-    known = {f.name for f in fields(kind)} - {"unknown"}
+    known = _NAMES[kind]
     kept = {name: item for name, item in value.items() if name in known}
     return {**kept, "unknown": {name: item for name, item in value.items() if name not in known}}
 

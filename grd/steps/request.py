@@ -11,8 +11,12 @@ from typing import Any
 
 from grd import contract
 from grd.errors import ParameterError, ResourceUnavailable, UsageError
+from grd.execution.device_parameters import NAMES as DEVICE_NAMES
 from grd.execution.notebooks import Kernel, Source, find_kernel, read_notebook
 from grd.execution.parameters import ParametersCell, read_parameters_cell, resolve
+from grd.hardware import leases
+from grd.hardware.leases import Wanted
+from grd.hardware.pools import TRAINING
 from grd.settings import Settings, parse_duration, parse_mlflow, parse_size
 from grd.tracking.mlflow import choice
 
@@ -30,7 +34,7 @@ class Request:
     @property
     def declared(self) -> list[str]:
         """Which of the injected names the notebook declares."""
-        return [name for name in contract.INJECTED_PARAMETERS if self.cell.declares(name)]
+        return injected_names(self.cell)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -63,6 +67,11 @@ def check_language(kernel: Kernel, parameters: Mapping[str, Any], cell: Paramete
         raise ParameterError(
             f"papermill writes no parameters for {kernel.language or kernel.name} notebooks; leave them out"
         ) from None
+
+
+def injected_names(cell: ParametersCell) -> list[str]:
+    """Which names the notebook declares that grd itself gives values to, or may."""
+    return [name for name in (*contract.INJECTED_PARAMETERS, *DEVICE_NAMES) if cell.declares(name)]
 
 
 def defaults_of(cell: ParametersCell) -> dict[str, Any]:
@@ -105,6 +114,25 @@ class Limits:
 def read_limits(timeout: float | str | None, budget: float | str | None) -> Limits:
     """What was typed, in seconds. Raises UsageError."""
     return Limits(read_seconds("--timeout", timeout), read_seconds("--budget", budget))
+
+
+def read_gpus(
+    count: int | str | None, pool: str | None, settings: Settings, *, before: dict[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """What the record keeps of ``--gpus`` and ``--gpu-pool``; what is not typed is as ``before``.
+
+    Raises UsageError, and ResourceUnavailable or ConfigurationError where it cannot be had (`leases.check`).
+    """
+    typed = Wanted.read(count, pool)
+    kept = before or {}
+    wanted = Wanted(
+        kept.get("count") if typed.count is None else typed.count,
+        str(kept.get("pool") or TRAINING) if pool is None else typed.pool,
+    )
+    leases.check(wanted, settings)
+    if count is None and pool is None:
+        return before
+    return {"count": wanted.count, "pool": wanted.pool}
 
 
 def read_size(flag: str, value: int | str) -> int:

@@ -29,6 +29,7 @@ from grd.steps.request import (
     Request,
     check,
     mlflow_of_settings,
+    read_gpus,
     read_limits,
     read_mlflow,
     read_seconds,
@@ -57,6 +58,8 @@ def research(
     on_end: str | None = None,
     mlflow: str | bool | None = None,
     mlflow_experiment: str | None = None,
+    gpus: int | str | None = None,
+    gpu_pool: str | None = None,
     ask: Asker | Answered | None = None,
     wait: bool = True,
     on_start: Callable[[Run], None] | None = None,
@@ -72,10 +75,12 @@ def research(
     ``key`` makes the call idempotent: the run that was started with it is attached to, resumed, or just
     returned, whichever applies. ``on_end`` is a shell command the runner executes when the run has ended.
     ``mlflow`` sends the run to MLflow while it runs: the URI of a store, or True for the one MLflow's own
-    environment names; by default the settings decide. ``ask`` puts a question to whoever is there, or is
-    the answer to one that was put before.
-    Raises NotebookNotFound, NotebookError, ParameterError, KernelUnavailable, ApprovalRequired or UsageError
-    before anything is started or written.
+    environment names; by default the settings decide. ``gpus`` is how many GPUs the run leases, and waits
+    for (0: it sees none); where nobody says it, one, if this machine has any and CUDA_VISIBLE_DEVICES does
+    not choose. ``gpu_pool`` is "training" or "inference". ``ask`` puts a question to whoever is there, or
+    is the answer to one that was put before.
+    Raises NotebookNotFound, NotebookError, ParameterError, KernelUnavailable, ResourceUnavailable (GPUs),
+    ApprovalRequired or UsageError before anything is started or written.
     """
     root = find_project_root(Path.cwd())
     typed = {
@@ -94,6 +99,7 @@ def research(
     place = runs_folder(runs_dir)
 
     def create() -> Started:
+        devices = read_gpus(gpus, gpu_pool, settings)
         before = estimate_request(request, place)
         agreed = agree(
             Wanted(
@@ -119,6 +125,7 @@ def research(
             key,
             on_end,
             tracked,
+            devices,
         )
         for warning in request.warnings:
             tell(on_note, warning)
@@ -134,7 +141,19 @@ def research(
             started = create()
             slot.assign(started.folder)
         else:
-            started = _go_on(known, request, key, timeout, budget, grace, start_timeout, max_output, on_note)
+            started = _go_on(
+                known,
+                request,
+                key,
+                timeout,
+                budget,
+                grace,
+                start_timeout,
+                max_output,
+                gpus,
+                gpu_pool,
+                on_note,
+            )
     return see_to_end(started, wait, on_start, on_event, on_note)
 
 
@@ -147,6 +166,8 @@ def _go_on(
     grace: float | str | None,
     start_timeout: float | str | None,
     max_output: int | str | None,
+    gpus: int | str | None,
+    gpu_pool: str | None,
     on_note: OnNote | None,
 ) -> Started:
     """What an idempotent call does with the run that has its key."""
@@ -180,6 +201,8 @@ def _go_on(
         start_timeout,
         max_output,
         allow_unknown=True,
+        gpus=gpus,
+        gpu_pool=gpu_pool,
         on_note=on_note,
     )
 
@@ -215,6 +238,7 @@ def _create(
     key: str | None,
     on_end: str | None,
     mlflow: dict[str, Any] | None,
+    gpus: dict[str, Any] | None,
 ) -> tuple[RunFolder, int]:
     """Make the run folder whole or not at all; returns it with its lock already held.
 
@@ -256,6 +280,7 @@ def _create(
         warnings=list(request.warnings),
         folder=str(folder.path),
         mlflow=mlflow,
+        gpus=gpus,
         estimate=estimate,
         key=key,
         on_end=on_end,

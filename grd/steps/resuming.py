@@ -38,6 +38,8 @@ from grd.steps.request import (
     adoption_warnings,
     check_language,
     defaults_of,
+    injected_names,
+    read_gpus,
     read_mlflow,
     read_seconds,
     read_size,
@@ -62,6 +64,8 @@ def resume(
     allow_unknown: bool = False,
     mlflow: str | bool | None = None,
     mlflow_experiment: str | None = None,
+    gpus: int | str | None = None,
+    gpu_pool: str | None = None,
     now: bool = False,
     ask: Asker | Answered | None = None,
     wait: bool = True,
@@ -73,7 +77,8 @@ def resume(
 
     ``notebook`` replaces the run's own copy, ``from_epoch`` goes back to the checkpoint after that epoch;
     with ``wait=False`` it returns once the attempt has been started. Where the runner was killed and its
-    guardian still lets the kernel save, that is waited for; ``now`` kills the kernel instead.
+    guardian still lets the kernel save, that is waited for; ``now`` kills the kernel instead. ``gpus`` and
+    ``gpu_pool`` are as in `research`; without them it leases what the run was started with.
     Raises RunNotFound, RunBusy, ResumeError, ApprovalRequired, and what `research` raises, before anything
     is started or changed.
     """
@@ -90,6 +95,8 @@ def resume(
         allow_unknown=allow_unknown,
         mlflow=mlflow,
         mlflow_experiment=mlflow_experiment,
+        gpus=gpus,
+        gpu_pool=gpu_pool,
         now=now,
         ask=ask,
         on_note=on_note,
@@ -111,6 +118,8 @@ def resume_folder(
     allow_unknown: bool,
     mlflow: str | bool | None = None,
     mlflow_experiment: str | None = None,
+    gpus: int | str | None = None,
+    gpu_pool: str | None = None,
     now: bool = False,
     ask: Asker | Answered | None = None,
     on_note: OnNote | None,
@@ -138,6 +147,8 @@ def resume_folder(
         if max_output is not None:
             record.max_output = read_size("--max-output", max_output)
         _apply_mlflow(record, mlflow, mlflow_experiment)
+        settings, _ = load_settings(find_project_root(Path(record.working_dir)))
+        record.gpus = read_gpus(gpus, gpu_pool, settings, before=record.gpus)
         number = record.attempt + 1
         cap = cap_of(agreed, folder, number, used)
         _check_resumable(record, changes, cap)
@@ -221,7 +232,7 @@ def _apply_changes(
         record.warnings = adoption_warnings(cell)
     record.kernel_name, record.language = kernel.name, kernel.language
     record.defaults = defaults_of(cell)
-    record.declared = [name for name in contract.INJECTED_PARAMETERS if cell.declares(name)]
+    record.declared = injected_names(cell)
     different = {
         name: {"from": record.parameters.get(name), "to": value}
         for name, value in merged.items()

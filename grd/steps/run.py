@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import html
 import subprocess
 import time
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from grd import contract
 from grd.estimation.live import progress_with_interval
-from grd.runs import notebook_journal, recovery, resource_samples
+from grd.runs import listing, notebook_journal, recovery, resource_samples
 from grd.runs.events import LiveView, view_of
 from grd.runs.folder import RunFolder, find_run
 from grd.runs.liveness import heartbeat_age
@@ -150,6 +149,8 @@ class Run:
 
     async def await_end(self, timeout: float | None = None) -> bool:
         """`wait` for an event loop: nothing is blocked meanwhile."""
+        import asyncio  # dear, and nothing else that looks at runs needs it
+
         from grd.steps.following import POLL_SECONDS, is_under_way
 
         give_up = None if timeout is None else time.monotonic() + timeout
@@ -203,9 +204,9 @@ def status(run: str | Run = "last", *, runs_dir: str | Path | None = None) -> Ru
 def list_runs(*, runs_dir: str | Path | None = None, state: str | None = None) -> list[Run]:
     """This project's runs, newest first."""
     return [
-        Run(folder)
-        for folder, record in recovery.all_current(runs_folder(runs_dir))
-        if state is None or record.state == state
+        Run(entry.folder)
+        for entry in listing.list_all(runs_folder(runs_dir))
+        if state is None or entry.state == state
     ]
 
 

@@ -15,7 +15,7 @@ from grd.interfaces.cli.answer import Answer, AnsweringCommand, surface
 from grd.interfaces.cli.completion import run_argument
 from grd.interfaces.cli.rendering import describe_end, format_number, say
 from grd.interfaces.run_table import RunTable, row
-from grd.runs import handover, recovery
+from grd.runs import handover, listing, recovery
 from grd.runs.folder import RunFolder, find_run
 from grd.runs.model import RunRecord
 from grd.steps import run as runs
@@ -44,9 +44,9 @@ def status(run: str | None, everything: bool, runs_dir: str | None, as_json: boo
         return _one(find_run(folder, run), as_json)
     if started_here is not None and not everything and RunFolder(started_here).record.exists():
         return _one(RunFolder(started_here), as_json)
-    entries = [record for _, record in recovery.all_current(folder)]
-    _tell_of_other_versions(entries)
-    found = handover.overview(entries)
+    entries = listing.list_all(folder)
+    _tell_of_other_versions([entry.read for entry in entries if entry.read is not None])
+    found = handover.overview_of(entries)
     document = {
         "schema": "grd.status/1",
         "runs_dir": str(folder),
@@ -101,9 +101,10 @@ def _section(title: str, records: Sequence[RunRecord]) -> list[str]:
 def list_runs(state: str | None, limit: int, runs_dir: str | None, as_json: bool) -> Answer:
     """This project's runs, newest first."""
     folder = runs.runs_folder(runs_dir)
-    entries = [entry for entry in recovery.all_current(folder) if state is None or entry[1].state == state]
-    _tell_of_other_versions([record for _, record in entries[:limit]])
-    table = RunTable(entries[:limit], runs_dir=folder, total=len(entries))
+    entries = [entry for entry in listing.list_all(folder) if state is None or entry.state == state]
+    shown = [pair for pair in listing.records(entries[:limit]) if state is None or pair[1].state == state]
+    _tell_of_other_versions([record for _, record in shown])
+    table = RunTable(shown, runs_dir=folder, total=len(entries))
     return Answer(document=table.to_dict(), lines=table.lines(), value=table, as_json=as_json)
 
 

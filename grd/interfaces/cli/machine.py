@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from grd.hardware import leases
 from grd.hardware.comparison import NOTHING, RESULTS, Difference, compare_profiles
 from grd.hardware.monitor import GPUMonitor, GPUStats
 from grd.interfaces.cli.answer import Answer, AnsweringCommand
@@ -59,6 +60,9 @@ def gpus(
     return Answer()
 
 
+_LEASE = ("gpu", "uuid", "slot", "run_id", "attempt", "folder", "pid", "since")
+
+
 def _gpus_document(monitor: GPUMonitor, stats: Sequence[GPUStats]) -> dict[str, Any]:
     return {
         "schema": "grd.gpus/1",
@@ -67,19 +71,26 @@ def _gpus_document(monitor: GPUMonitor, stats: Sequence[GPUStats]) -> dict[str, 
         "driver": monitor.driver,
         "reason": monitor.reason,
         "gpus": [row.to_dict() for row in stats],
+        "leases": [{name: holder.get(name) for name in _LEASE} for holder in leases.holders()],
     }
 
 
 def _gpu_lines(monitor: GPUMonitor, stats: Sequence[GPUStats]) -> list[str]:
     if not stats:
         return [f"no GPU: {monitor.reason}"]
-    head = ("GPU", "NAME", "UTIL", "MEMORY", "TEMP", "FAN", "POWER", "PROCESSES")
-    rows = [head, *(_gpu_row(row) for row in stats)]
+    head = ("GPU", "NAME", "UTIL", "MEMORY", "TEMP", "FAN", "POWER", "PROCESSES", "LEASED BY")
+    held = leases.holders()
+    rows = [head, *((*_gpu_row(row), _holders_of(row, held)) for row in stats)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
     return [*lines, "UTIL is the share of time in which any kernel ran, not how much of the GPU it used."]
+
+
+def _holders_of(row: GPUStats, held: Sequence[dict[str, Any]]) -> str:
+    own = [holder for holder in held if row.uuid is not None and holder["uuid"] == row.uuid]
+    return ", ".join(holder.get("run_id") or f"process {holder.get('pid')}" for holder in own) or "-"
 
 
 def _gpu_row(row: GPUStats) -> tuple[str, ...]:

@@ -250,6 +250,9 @@ def rows_of(shown: dict[str, Any]) -> list[tuple[str, str]]:
     if progress:
         going = shown.get("state") == contract.RUNNING
         rows.append(("progress", progress_text(progress if going else {**progress, "eta_seconds": None})))
+    leased = (shown.get("attempts") or [{}])[-1].get("gpus") or []
+    if leased:
+        rows.append(("leased", ", ".join(f"GPU {each['gpu']} ({each['uuid']})" for each in leased)))
     rows += resources_rows(shown)
     rows += [("warning", text) for text in shown.get("warnings") or []]
     rows += _mlflow_rows(shown)

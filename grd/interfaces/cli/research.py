@@ -13,6 +13,7 @@ import click
 from grd import contract
 from grd.errors import GrdError, NotFoundError, UsageError
 from grd.execution.parameters import RawText
+from grd.hardware.pools import POOLS
 from grd.interfaces.cli import exit_codes
 from grd.interfaces.cli.answer import Answer, AnsweringCommand, Surface, surface
 from grd.interfaces.cli.asking import ask
@@ -121,6 +122,18 @@ def _limit_options(command: Command) -> Command:
             help="Send the run to MLflow while it runs: to this store, or where MLFLOW_TRACKING_URI says. "
             "Write it behind the notebook.",
         ),
+        click.option(
+            "--gpu-pool",
+            type=click.Choice(POOLS),
+            help="Which of the machine's GPUs. Default: training; a pool without a setting has all of them.",
+        ),
+        click.option(
+            "--gpus",
+            type=click.IntRange(0),
+            metavar="N",
+            help="Lease N GPUs, waiting until they are free; 0 hides them. Default: one where there are any, "
+            "unless CUDA_VISIBLE_DEVICES chooses.",
+        ),
         click.option("--budget", metavar="TIME", help="Cap on all attempts of the run together, such as 4h."),
         click.option(
             "--timeout",
@@ -162,6 +175,8 @@ def research(
     budget: str | None,
     mlflow: str | None,
     mlflow_experiment: str | None,
+    gpus: int | None,
+    gpu_pool: str | None,
     grace: str | None,
     start_timeout: str | None,
     max_output: str | None,
@@ -180,6 +195,7 @@ def research(
       grd research train.ipynb
       grd research train.ipynb -p lr 0.01 -p epochs 40 --timeout 2h
       grd research train.ipynb --timeout 3h --detach
+      grd research train.ipynb --gpus 2
       grd research train.ipynb --key nightly --timeout 8m --budget 4h
     """
     from grd.steps import researcher
@@ -195,6 +211,8 @@ def research(
             budget=budget,
             mlflow=mlflow,
             mlflow_experiment=mlflow_experiment,
+            gpus=gpus,
+            gpu_pool=gpu_pool,
             ask=asker,
             name=name,
             kernel=kernel,
@@ -242,6 +260,8 @@ def resume(
     budget: str | None,
     mlflow: str | None,
     mlflow_experiment: str | None,
+    gpus: int | None,
+    gpu_pool: str | None,
     grace: str | None,
     start_timeout: str | None,
     max_output: str | None,
@@ -279,6 +299,8 @@ def resume(
             budget=budget,
             mlflow=mlflow,
             mlflow_experiment=mlflow_experiment,
+            gpus=gpus,
+            gpu_pool=gpu_pool,
             grace=grace,
             start_timeout=start_timeout,
             max_output=max_output,

@@ -23,7 +23,7 @@ from mcp.server.mcpserver.exceptions import ResourceError, ToolError
 from grd import contract
 from grd.errors import GrdError, UsageError
 from grd.interfaces.mcp import answers
-from grd.runs import handover, recovery
+from grd.runs import handover, listing, recovery
 from grd.runs.folder import RunFolder, find_run
 from grd.runs.stop_request import ask_to_stop
 from grd.steps.following import POLL_SECONDS, is_under_way
@@ -165,7 +165,7 @@ async def run_status(run: str | None = None) -> dict[str, Any]:
         if run is not None:
             return answers.of_run(status_of(_find(run)))
         place = runs_folder()
-        found = handover.overview(record for _, record in recovery.all_current(place))
+        found = handover.overview_of(listing.list_all(place))
         groups = {"running": found.running, "resumable": found.resumable, "failed": found.failed}
         shown = {name: [record.to_dict() for record in group] for name, group in groups.items()}
         return answers.of_project(str(Path.cwd()), str(place), shown, found.completed)

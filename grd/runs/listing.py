@@ -1,0 +1,97 @@
+"""The runs of a project as they truly are, thousands at once: what has ended is taken from the index.
+
+Costs a stat of each run.json; only what is shown, has changed, or had not ended is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from grd import contract
+from grd.errors import ConfigurationError, RunNotFound
+from grd.runs import recovery, store
+from grd.runs.folder import RunFolder
+from grd.runs.index import Row, RunIndex, Stamp
+from grd.runs.model import RunRecord
+
+FEWEST_INDEXED = 100
+"""So many runs are read before a database would be open."""
+
+
+@dataclass
+class Listed:
+    """A run and its state; its record is read when it is asked for."""
+
+    path: str
+    state: str
+    read: RunRecord | None = field(default=None, repr=False)
+    """The record, where it had to be read to know the state."""
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run's folder."""
+        return RunFolder(Path(self.path))
+
+    def record(self) -> RunRecord:
+        """The record as it truly is. Raises RunNotFound or ConfigurationError: it went meanwhile."""
+        if self.read is None:
+            self.read = recovery.current_record(self.folder)
+            self.state = self.read.state
+        return self.read
+
+
+def list_all(runs_dir: Path, *, index: RunIndex | None = None) -> list[Listed]:
+    """All runs in ``runs_dir``, newest first; a damaged record hides only its own run.
+
+    ``index``: by default this host's.
+    """
+    stamps = dict(_stamps(runs_dir))
+    index = (index or RunIndex()) if len(stamps) >= FEWEST_INDEXED else None
+    known = index.rows(runs_dir) if index is not None else {}
+    prefix = f"{runs_dir}{os.sep}"
+    found: list[Listed] = []
+    learnt: dict[str, Row] = {}
+    outdated = set(known)
+    for name in sorted(stamps, reverse=True):
+        row = known.get(name)
+        if row is not None and row.stamp == stamps[name]:
+            found.append(Listed(prefix + name, row.state))
+            outdated.remove(name)
+            continue
+        with contextlib.suppress(ConfigurationError, RunNotFound):
+            folder = RunFolder(runs_dir / name)
+            read = store.load(folder)
+            if read.state in contract.ENDED_STATES and read.schema == contract.SCHEMA_RUN:
+                # Of the file before it was read: one that was replaced meanwhile is read again.
+                learnt[name] = Row(stamps[name], read.state)
+            record = recovery.current_record(folder, read)
+            found.append(Listed(prefix + name, record.state, record))
+    outdated -= learnt.keys()
+    if index is not None and (learnt or outdated) and index.note(runs_dir, learnt, outdated) and not known:
+        index.forget_places()
+    return found
+
+
+def records(entries: list[Listed]) -> Iterator[tuple[RunFolder, RunRecord]]:
+    """Folder and record of each, without those that went meanwhile."""
+    for entry in entries:
+        with contextlib.suppress(ConfigurationError, RunNotFound):
+            yield entry.folder, entry.record()
+
+
+def _stamps(runs_dir: Path) -> Iterator[tuple[str, Stamp]]:
+    try:
+        names = [entry.name for entry in os.scandir(runs_dir) if not entry.name.startswith(".")]
+        place = os.open(runs_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    try:
+        for name in names:
+            with contextlib.suppress(OSError):
+                yield name, Stamp.of(os.stat(f"{name}/run.json", dir_fd=place))
+    finally:
+        os.close(place)
