@@ -18,6 +18,7 @@ _PUBLIC = {
     "list_runs": "grd.steps.run",
     "research": "grd.steps.researcher",
     "resume": "grd.steps.resuming",
+    "retry_on_timeout": "grd.backoff",
     "run_with_timeout": "grd.execution.command",
     "status": "grd.steps.run",
 }
@@ -34,11 +35,13 @@ __all__ = [
     "list_runs",
     "research",
     "resume",
+    "retry_on_timeout",
     "run_with_timeout",
     "status",
 ]
 
 if TYPE_CHECKING:
+    from grd.backoff import retry_on_timeout
     from grd.errors import GrdError
     from grd.estimation.eda import estimate_eda_duration
     from grd.estimation.training import estimate_training_duration
