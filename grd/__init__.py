@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "ContinuousResearchLoop": "grd.batch.loop",
     "GrdError": "grd.errors",
     "Run": "grd.steps.run",
     "aresearch": "grd.steps.awaiting",
@@ -24,6 +25,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "ContinuousResearchLoop",
     "GrdError",
     "Run",
     "__version__",
@@ -42,6 +44,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from grd.backoff import retry_on_timeout
+    from grd.batch.loop import ContinuousResearchLoop
     from grd.errors import GrdError
     from grd.estimation.eda import estimate_eda_duration
     from grd.estimation.training import estimate_training_duration

@@ -169,6 +169,8 @@ class Settings:
         return seconds
 
 
+MOST_ATTEMPTS = 100
+
 ROLES = ("explore", "train", "evaluate", "aggregate")
 """What a notebook of a plan is for; each has a timeout of its own."""
 
@@ -205,7 +207,7 @@ _PARSERS: dict[str, Any] = {
     "max_lost_work": parse_duration,
     "mlflow": parse_mlflow,
     "mlflow_interval": parse_duration,
-    "max_attempts": _between(parse_count, 1, 100),
+    "max_attempts": _between(parse_count, 1, MOST_ATTEMPTS),
     "retry_delay": _between(parse_duration, 0.01, 3600, " s"),
     "retry_max_delay": _between(parse_duration, 0.01, 86400, " s"),
     "explore_timeout": _between(parse_duration, 60, 1800, " s"),

@@ -107,6 +107,9 @@ class RunRecord:
     """Where it is sent: uri (None: what MLflow's environment says), experiment, interval (s); or None."""
     key: str | None = None
     """What made the start idempotent, or None."""
+    retry: dict[str, Any] | None = None
+    """How it is resumed by itself: max_attempts (counted from from_attempt), from_attempt, delay and longest
+    (ceilings of the pauses, s), notebook_errors (whether those are retried); None if it is not."""
     on_end: str | None = None
     """Shell command the runner executes at the end of each attempt, or None."""
     folder: str

@@ -17,7 +17,7 @@ from grd.agreement.grants import Place
 from grd.errors import UsageError
 from grd.execution.launch import acquire
 from grd.files import atomic_write, write_json
-from grd.runs import recovery, reserve
+from grd.runs import recovery, reserve, retry
 from grd.runs.folder import RunFolder, new_run_id
 from grd.runs.model import Attempt, RunRecord, now_iso
 from grd.settings import Settings, find_project_root, load_settings
@@ -31,6 +31,7 @@ from grd.steps.request import (
     mlflow_of_settings,
     read_limits,
     read_mlflow,
+    read_retry,
     read_seconds,
     read_size,
 )
@@ -57,6 +58,8 @@ def research(
     on_end: str | None = None,
     mlflow: str | bool | None = None,
     mlflow_experiment: str | None = None,
+    max_attempts: int | str | None = None,
+    retry_errors: bool | None = None,
     ask: Asker | None = None,
     wait: bool = True,
     on_start: Callable[[Run], None] | None = None,
@@ -72,7 +75,9 @@ def research(
     ``key`` makes the call idempotent: the run that was started with it is attached to, resumed, or just
     returned, whichever applies. ``on_end`` is a shell command the runner executes when the run has ended.
     ``mlflow`` sends the run to MLflow while it runs: the URI of a store, or True for the one MLflow's own
-    environment names; by default the settings decide. ``ask`` puts a question to whoever is there.
+    environment names; by default the settings decide. With ``max_attempts`` above 1 the run is resumed by
+    itself after an interruption that nobody asked for, after a pause, until so many attempts are made; with
+    ``retry_errors`` after an error of the notebook too. ``ask`` puts a question to whoever is there.
     Raises NotebookNotFound, NotebookError, ParameterError, KernelUnavailable, ApprovalRequired or UsageError
     before anything is started or written.
     """
@@ -90,6 +95,7 @@ def research(
         tracked = mlflow_of_settings(settings, request.warnings)
     else:
         tracked = read_mlflow(mlflow, settings.mlflow_experiment, settings.mlflow_interval)
+    retried = read_retry(max_attempts, retry_errors, settings)
     place = runs_folder(runs_dir)
 
     def create() -> Started:
@@ -118,6 +124,7 @@ def research(
             key,
             on_end,
             tracked,
+            retried,
         )
         for warning in request.warnings:
             tell(on_note, warning)
@@ -133,7 +140,10 @@ def research(
             started = create()
             slot.assign(started.folder)
         else:
-            started = _go_on(known, request, key, timeout, budget, grace, start_timeout, max_output, on_note)
+            started = _go_on(
+                known, request, key, timeout, budget, grace, start_timeout, max_output,
+                max_attempts, retry_errors, on_note,
+            )  # fmt: skip
     return see_to_end(started, wait, on_start, on_event, on_note)
 
 
@@ -146,6 +156,8 @@ def _go_on(
     grace: float | str | None,
     start_timeout: float | str | None,
     max_output: int | str | None,
+    max_attempts: int | str | None,
+    retry_errors: bool | None,
     on_note: OnNote | None,
 ) -> Started:
     """What an idempotent call does with the run that has its key."""
@@ -158,6 +170,8 @@ def _go_on(
         )
     changed = request.source.sha256 != record.notebook_sha256
     action = keys.decide(record.state, record.cause, notebook_changed=changed)
+    if action == "resume" and retry.is_pending(folder, record):
+        action = "attach"  # it goes on by itself
     if action == "attach":
         tell(on_note, f"{record.run_id} has key {key!r} and is under way: attached")
         return Started(folder, None, 0)
@@ -179,6 +193,8 @@ def _go_on(
         start_timeout,
         max_output,
         allow_unknown=True,
+        max_attempts=max_attempts,
+        retry_errors=retry_errors,
         on_note=on_note,
     )
 
@@ -214,6 +230,7 @@ def _create(
     key: str | None,
     on_end: str | None,
     mlflow: dict[str, Any] | None,
+    retried: dict[str, Any] | None,
 ) -> tuple[RunFolder, int]:
     """Make the run folder whole or not at all; returns it with its lock already held.
 
@@ -255,6 +272,7 @@ def _create(
         warnings=list(request.warnings),
         folder=str(folder.path),
         mlflow=mlflow,
+        retry=retried,
         estimate=estimate,
         key=key,
         on_end=on_end,

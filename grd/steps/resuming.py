@@ -39,6 +39,7 @@ from grd.steps.request import (
     check_language,
     defaults_of,
     read_mlflow,
+    read_retry,
     read_seconds,
     read_size,
 )
@@ -62,6 +63,8 @@ def resume(
     allow_unknown: bool = False,
     mlflow: str | bool | None = None,
     mlflow_experiment: str | None = None,
+    max_attempts: int | str | None = None,
+    retry_errors: bool | None = None,
     now: bool = False,
     ask: Asker | None = None,
     wait: bool = True,
@@ -74,6 +77,8 @@ def resume(
     ``notebook`` replaces the run's own copy, ``from_epoch`` goes back to the checkpoint after that epoch;
     with ``wait=False`` it returns once the attempt has been started. Where the runner was killed and its
     guardian still lets the kernel save, that is waited for; ``now`` kills the kernel instead.
+    ``max_attempts`` and ``retry_errors`` are as in `research`, counted from this attempt on; without them
+    what the run was started with goes on.
     Raises RunNotFound, RunBusy, ResumeError, ApprovalRequired, and what `research` raises, before anything
     is started or changed.
     """
@@ -90,6 +95,8 @@ def resume(
         allow_unknown=allow_unknown,
         mlflow=mlflow,
         mlflow_experiment=mlflow_experiment,
+        max_attempts=max_attempts,
+        retry_errors=retry_errors,
         now=now,
         ask=ask,
         on_note=on_note,
@@ -111,11 +118,18 @@ def resume_folder(
     allow_unknown: bool,
     mlflow: str | bool | None = None,
     mlflow_experiment: str | None = None,
+    max_attempts: int | str | None = None,
+    retry_errors: bool | None = None,
+    retrying: bool = False,
     now: bool = False,
     ask: Asker | None = None,
     on_note: OnNote | None,
 ) -> Started:
-    """`resume` of the run in ``folder``, started and not waited for."""
+    """`resume` of the run in ``folder``, started and not waited for.
+
+    ``retrying`` is for who resumes it by itself: a stop that was asked for meanwhile holds, and attempts go
+    on being counted.
+    """
     _await_guardian(folder, now, on_note)
     record = recovery.current_record(folder)
     if record.state in (contract.RUNNING, contract.QUEUED):
@@ -139,6 +153,8 @@ def resume_folder(
             record.max_output = read_size("--max-output", max_output)
         _apply_mlflow(record, mlflow, mlflow_experiment)
         number = record.attempt + 1
+        if not retrying:
+            _apply_retry(record, number, max_attempts, retry_errors)
         cap = cap_of(agreed, folder, number, used)
         _check_resumable(record, changes, cap)
         edited = changes.pop("text", None)
@@ -174,7 +190,7 @@ def resume_folder(
                 f"make {folder.path} writable, with space left, then: grd resume {folder.run_id}"
             ) from None
         raise
-    return launch(folder, attempt.number, lock)
+    return launch(folder, attempt.number, lock, forget=not retrying)
 
 
 def _await_guardian(folder: RunFolder, now: bool, on_note: OnNote | None) -> None:
@@ -299,6 +315,15 @@ def _apply_mlflow(record: RunRecord, mlflow: str | bool | None, experiment: str 
         return
     interval = float(before.get("interval") or DEFAULT_INTERVAL_SECONDS)
     record.mlflow = read_mlflow(mlflow, experiment or before.get("experiment"), interval)
+
+
+def _apply_retry(
+    record: RunRecord, number: int, max_attempts: int | str | None, retry_errors: bool | None
+) -> None:
+    settings, _ = load_settings(find_project_root(Path(record.working_dir)))
+    before = record.retry or {"max_attempts": 1}  # a setting of now is not for a run of before
+    chosen = read_retry(max_attempts, retry_errors, settings, before=before)
+    record.retry = None if chosen is None else {**chosen, "from_attempt": number}
 
 
 def _check_resumable(record: RunRecord, changes: Mapping[str, Any], cap: dict[str, Any] | None) -> None:
