@@ -20,21 +20,13 @@ from grd import contract
 from grd.backoff import full_jitter
 from grd.batch import loop_state
 from grd.batch.loop_plan import Plan, read_plan
-from grd.batch.loop_state import Entry, LoopMemory
-from grd.errors import ApprovalRequired, GrdError, ResourceUnavailable, UsageError
-from grd.execution.notebooks import read_notebook
-from grd.runs.changes import Changes
-from grd.runs.model import now_iso
-from grd.runs.retry import BY_REQUEST
-from grd.runs.stop_request import ask_to_stop
+from grd.batch.loop_state import LoopMemory
+from grd.batch.loop_step import DONE, FAILURES, Ends, StepMaker, Stopping, TryFailed
+from grd.errors import GrdError, ResourceUnavailable, UsageError
+from grd.runs.model import iso, now_iso
 from grd.settings import find_project_root, format_duration, load_settings
 from grd.steps.request import check
-from grd.steps.researcher import research
-from grd.steps.resuming import resume
-from grd.steps.run import Run, runs_folder, status
-
-DONE, STOPPED, FAILURES, APPROVAL, BUDGET = "done", "stopped", "failures", "approval_required", "budget"
-"""Why a loop ends."""
+from grd.steps.run import runs_folder
 
 LONGEST_PAUSE_SECONDS = 300.0
 
@@ -48,18 +40,6 @@ class LoopEnd:
     reason: str
     detail: str
     cycles: int
-
-
-class _Ends(Exception):
-    """The loop can not, or must not, go on."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-
-
-class _TryFailed(Exception):
-    """This try of the cycle is over; the same cycle is tried again."""
 
 
 def memory_folder(memory_path: str | Path | None, plan: object = None) -> Path:
@@ -99,14 +79,12 @@ class ContinuousResearchLoop:
         self.memory = LoopMemory(memory_folder(memory_path, plan))
         self.max_cycles = max_cycles
         self.dry_run = dry_run
-        self.should_stop = False
         self._plan_source = plan
         self._runs_dir = runs_folder(runs_dir)
         self._on_note = on_note
-        self._reason = contract.STOPPED
-        self._at_once = False
-        self._waits: list[Changes] = []
         self._guard = threading.RLock()
+        self._stopping = Stopping()
+        self._steps = StepMaker(self.memory, self._guard, self._stopping, self._runs_dir, self._say)
         self._ahead: threading.Thread | None = None
         self._ahead_cycle = 0
         self.plan = self._read_plan()
@@ -116,14 +94,21 @@ class ContinuousResearchLoop:
         """Cycles that are completed, those of earlier loops with this memory included."""
         return int((self.memory.value or self.memory.read()).get("cycles") or 0)
 
+    @property
+    def should_stop(self) -> bool:
+        """Whether somebody has asked it to stop; set it, or call `stop`."""
+        return self._stopping.asked
+
+    @should_stop.setter
+    def should_stop(self, value: bool) -> None:
+        if value:
+            self.stop()
+        else:
+            self._stopping.asked = self._stopping.at_once = False
+
     def stop(self, reason: str = contract.STOPPED, *, now: bool = False) -> None:
         """End the loop: what it runs is asked to save and stop; ``now`` kills it. Returns at once."""
-        if not self.should_stop:
-            self._reason = reason
-        self._at_once = self._at_once or now
-        self.should_stop = True
-        for wait in list(self._waits):
-            wait.wake()
+        self._stopping.ask(reason, now=now)
 
     def run(self) -> LoopEnd:
         """Make cycles until there is a reason to end.
@@ -153,7 +138,7 @@ class ContinuousResearchLoop:
     def _until_it_ends(self) -> LoopEnd:
         try:
             return self._cycles()
-        except _Ends as reason:
+        except Ends as reason:
             return LoopEnd(reason.reason, str(reason), self.cycle_count)
         finally:
             self._await_ahead(stop=True)
@@ -171,10 +156,10 @@ class ContinuousResearchLoop:
             number = self.cycle_count + 1
             if self.max_cycles is not None and number > self.max_cycles:
                 return LoopEnd(DONE, f"max cycles of {self.max_cycles} reached", self.cycle_count)
-            self._end_if_asked()
+            self._stopping.end_if_asked()
             try:
                 self._cycle(number)
-            except _TryFailed as failure:
+            except TryFailed as failure:
                 self._after_failure(number, str(failure))
                 continue
             more = self.max_cycles is None or number < self.max_cycles
@@ -182,7 +167,7 @@ class ContinuousResearchLoop:
                 self._sleep(loop_state.PAUSING, self.plan.pause)
 
     def _cycle(self, number: int) -> None:
-        """Make one cycle, or what is left of it. Raises _TryFailed and _Ends."""
+        """Make one cycle, or what is left of it. Raises TryFailed and Ends."""
         if self._ahead_cycle <= number:
             self._await_ahead()
         with self._guard, contextlib.suppress(GrdError):
@@ -203,7 +188,7 @@ class ContinuousResearchLoop:
             if entry["phase"] == loop_state.STEP:
                 self._look_ahead(number + 1)
             if entry["state"] != contract.COMPLETED:
-                self._make(entry, number, until)
+                self._steps.make(entry, number, until - time.monotonic())
         took = round(time.monotonic() - began, 3)
         phases = {entry["name"]: entry["seconds"] for entry in cycle["steps"]}
         with self._guard:
@@ -225,115 +210,13 @@ class ContinuousResearchLoop:
         self.memory.tell("cycle_failed", cycle=number, failures=failures, why=why)
         self.memory.save(failures=failures, failed_tries=total)
         if failures >= self.plan.max_failures:
-            raise _Ends(FAILURES, f"cycle {number} failed, {failures} times in a row by now: {why}")
+            raise Ends(FAILURES, f"cycle {number} failed, {failures} times in a row by now: {why}")
         seconds = full_jitter(failures, self.plan.retry_delay, LONGEST_PAUSE_SECONDS)
         self._say(
             f"cycle {number} failed ({failures} of {self.plan.max_failures}): {why}; "
             f"the same cycle goes on in {format_duration(max(0.1, seconds))}"
         )
         self._sleep(loop_state.WAITING, seconds)
-
-    # --- one run -------------------------------------------------------------------------------------------
-
-    def _make(self, entry: Entry, cycle: int, until: float) -> None:
-        """Bring one run to its completion. Raises _TryFailed where it ended otherwise, _Ends."""
-        self._end_if_asked()
-        began = time.monotonic()
-        self.memory.tell("step_start", cycle=cycle, step=entry["name"], phase=entry["phase"])
-        try:
-            run = self._start(entry)
-            self._note(entry, run_id=run.id)
-            self._say(f"cycle {cycle}: {entry['name']} is run {run.id}")
-            in_time = self._see_to_end(run, until)
-        except ApprovalRequired as error:
-            raise _Ends(APPROVAL, f"{entry['name']}: {error}") from None
-        except GrdError as error:
-            raise _TryFailed(f"{entry['name']}: {error}") from None
-        record = run.record
-        seconds = round(entry["seconds"] + time.monotonic() - began, 3)
-        self._note(entry, state=record.state, cause=record.cause, detail=record.detail, seconds=seconds)
-        self.memory.tell(
-            "step_end", cycle=cycle, step=entry["name"], run_id=run.id, state=record.state,
-            cause=record.cause, seconds=seconds,
-        )  # fmt: skip
-        if record.state == contract.COMPLETED:
-            return
-        self._end_if_asked()
-        because = f" ({record.cause})" if record.cause else ""
-        told = f"{entry['name']}: run {run.id} is {record.state}{because}"
-        if not in_time:
-            raise _TryFailed(f"{told}: the cycle took longer than {format_duration(self.plan.cycle_timeout)}")
-        if record.cause in (contract.APPROVAL_REQUIRED, contract.BUDGET):
-            reason = APPROVAL if record.cause == contract.APPROVAL_REQUIRED else BUDGET
-            raise _Ends(reason, f"{told}; a person types: {record.resume_command}")
-        if record.cause in BY_REQUEST:
-            raise _Ends(STOPPED, f"{told}: somebody stopped it")
-        raise _TryFailed(f"{told}: {record.detail}" if record.detail else told)
-
-    def _start(self, entry: Entry) -> Run:
-        """The run of an entry: started, attached to, or resumed, whichever applies."""
-        failed = self._failed_before(entry)
-        if failed is not None:
-            edited = None
-            with contextlib.suppress(GrdError):
-                if read_notebook(entry["notebook"]).sha256 != failed.record.notebook_sha256:
-                    edited = entry["notebook"]
-            return resume(failed, notebook=edited, wait=False, on_note=self._say)
-        return research(
-            entry["notebook"],
-            entry["parameters"],
-            timeout=entry["timeout"],
-            budget=entry["budget"],
-            max_attempts=entry["max_attempts"],
-            kernel=entry["kernel"],
-            name=entry["name"],
-            key=entry["key"],
-            runs_dir=self._runs_dir,
-            wait=False,
-            on_note=self._say,
-        )
-
-    def _failed_before(self, entry: Entry) -> Run | None:
-        """The entry's run, if an earlier try has seen it fail: a key alone would only show it again."""
-        if entry["run_id"] is None or entry["state"] != contract.FAILED:
-            return None
-        with contextlib.suppress(GrdError):
-            run = status(entry["run_id"], runs_dir=self._runs_dir)
-            if run.state == contract.FAILED:
-                return run
-        return None
-
-    def _see_to_end(self, run: Run, until: float) -> bool:
-        """Wait until no attempt is under way or to come; False if the cycle's time was up before."""
-        asked = killed = False
-        in_time = True
-        with self._waiting(run.folder) as changes:
-            while not run.wait(0.0):
-                if time.monotonic() >= until and not self.should_stop:
-                    in_time = False
-                if (self.should_stop or not in_time) and not asked:
-                    self._ask(run, self._reason if self.should_stop else contract.STOPPED)
-                    asked = True
-                if self._at_once and not killed:
-                    self._ask(run, self._reason, at_once=True)
-                    killed = True
-                left = until - time.monotonic() if in_time else 1.0
-                changes.wait(min(1.0, max(0.05, left)), run.record.runner)
-        run.reap()
-        return in_time
-
-    def _ask(self, run: Run, reason: str, *, at_once: bool = False) -> None:
-        try:
-            instead = ask_to_stop(run.run_folder, reason, at_once=at_once)
-        except ResourceUnavailable as error:
-            instead = str(error)
-        if instead is not None:
-            self._say(instead)
-
-    def _note(self, entry: Entry, **values: Any) -> None:
-        with self._guard:
-            entry |= values
-            self.memory.save()
 
     # --- the next cycle, meanwhile -----------------------------------------------------------------------
 
@@ -358,8 +241,8 @@ class ContinuousResearchLoop:
             until = time.monotonic() + self.plan.cycle_timeout
             for entry in cycle["steps"]:
                 if entry["phase"] == loop_state.PREPARE and entry["state"] != contract.COMPLETED:
-                    self._make(entry, number, until)
-        except (_TryFailed, _Ends, GrdError, OSError) as error:
+                    self._steps.make(entry, number, until - time.monotonic())
+        except (TryFailed, Ends, GrdError, OSError) as error:
             # Its turn comes: then it is tried again, and counts.
             if not self.should_stop:
                 self._say(f"cycle {number} could not be prepared yet: {error}")
@@ -369,7 +252,7 @@ class ContinuousResearchLoop:
         if self._ahead is None:
             return
         if stop:
-            self.stop(self._reason)
+            self.stop(self._stopping.reason)
         while self._ahead.is_alive():
             self._ahead.join(1.0)
         self._ahead = None
@@ -378,28 +261,12 @@ class ContinuousResearchLoop:
 
     def _sleep(self, state: str, seconds: float) -> None:
         until = time.monotonic() + seconds
-        at = time.time() + seconds
-        from datetime import UTC, datetime
-
-        next_at = datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        next_at = iso(time.time() + seconds)
         with self._guard:
             self.memory.save(state=state, next_at=next_at)
-        with self._waiting() as changes:
+        with self._stopping.waiting() as changes:
             while not self.should_stop and (left := until - time.monotonic()) > 0:
                 changes.wait(left)
-
-    @contextlib.contextmanager
-    def _waiting(self, *folders: Path) -> Iterator[Changes]:
-        with Changes(*folders) as changes:
-            self._waits.append(changes)
-            try:
-                yield changes
-            finally:
-                self._waits.remove(changes)
-
-    def _end_if_asked(self) -> None:
-        if self.should_stop:
-            raise _Ends(STOPPED, f"stopped ({self._reason}); the same command goes on with this cycle")
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:

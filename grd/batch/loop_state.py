@@ -109,10 +109,12 @@ class LoopMemory:
             "current": None,
             "prepared": None,
             "timing": {},
+            "last": None,
+            "detail": None,
             "created_at": now_iso(),
         } | self.read()
         self.value |= {"plan": plan.origin, "max_cycles": max_cycles, "loop": identity(), "failures": 0}
-        self.save(state=RUNNING, reason=None, next_at=None, started_at=now_iso(), ended_at=None)
+        self.save(state=RUNNING, reason=None, detail=None, next_at=None, started_at=now_iso(), ended_at=None)
 
     def save(self, **values: Any) -> None:
         """Change some values, and store all. Raises OSError."""

@@ -15,6 +15,11 @@ def now_iso() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def iso(moment: float) -> str:
+    """POSIX seconds as ISO 8601 in UTC, to the second."""
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
 @dataclass(kw_only=True)
 class Attempt:
     """One papermill execution of a run."""

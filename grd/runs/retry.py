@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any
 
 from grd import contract
@@ -23,7 +24,7 @@ from grd.files import is_locked, read_json, write_json
 from grd.runs import store
 from grd.runs.folder import RunFolder
 from grd.runs.liveness import LEASE_SECONDS, needs_recovery
-from grd.runs.model import RunRecord
+from grd.runs.model import RunRecord, iso
 from grd.runs.processes import identity, is_alive, send_signal
 from grd.settings import format_duration
 
@@ -133,7 +134,7 @@ def write(
         "schema": SCHEMA,
         "state": state,
         "attempt": attempt,
-        "next_at": None if next_at is None else _iso(next_at),
+        "next_at": None if next_at is None else iso(next_at),
         "why": why,
         "retrier": identity(),
     }
@@ -204,6 +205,11 @@ def shown(folder: RunFolder, record: RunRecord) -> dict[str, Any] | None:
     return found
 
 
+def comes(told: dict[str, Any] | None) -> bool:
+    """Whether what `shown` tells of an ended run is that another attempt will come, or may."""
+    return told is not None and told.get("state") in (WAITING, WATCHING)
+
+
 def text(told: dict[str, Any] | None) -> str | None:
     """A line for people; None where nothing needs to be said."""
     if not told or "state" not in told:
@@ -233,13 +239,5 @@ def _read(folder: RunFolder) -> dict[str, Any]:
     return {}
 
 
-def _iso(seconds: float) -> str:
-    from datetime import UTC, datetime
-
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-
-
-def _seconds_until(iso: str | None) -> float:
-    from datetime import datetime
-
-    return 0.0 if iso is None else datetime.fromisoformat(iso).timestamp() - time.time()
+def _seconds_until(moment: str | None) -> float:
+    return 0.0 if moment is None else datetime.fromisoformat(moment).timestamp() - time.time()

@@ -62,7 +62,7 @@ def test_a_killed_runner_is_followed_by_an_attempt_that_goes_on_from_the_checkpo
     record = project.record()
     assert [a["cause"] for a in record["attempts"]] == ["runner_lost", None]
     assert record["metrics"]["total"] == 10
-    assert [e["epoch"] for e in project.events() if e["kind"] == "resume"] == [1]
+    assert [e["epoch"] for e in project.events() if e["kind"] == "resume"] == [0]
 
 
 def test_a_killed_retrier_is_replaced_by_the_runner_at_its_end(project: Project) -> None:
