@@ -94,7 +94,7 @@ class StepMaker:
         until = began + max(0.0, seconds_left)
         self._memory.tell("step_start", cycle=cycle, step=entry["name"], phase=entry["phase"])
         try:
-            run = self._start(entry)
+            run = self._start(entry, cycle)
             self._note(entry, run_id=run.id)
             self._say(f"cycle {cycle}: {entry['name']} is run {run.id}")
             in_time = self._see_to_end(run, until)
@@ -123,15 +123,19 @@ class StepMaker:
             raise Ends(STOPPED, f"{told}: somebody stopped it")
         raise TryFailed(f"{told}: {record.detail}" if record.detail else told)
 
-    def _start(self, entry: Entry) -> Run:
+    def _start(self, entry: Entry, cycle: int) -> Run:
         """The run of an entry: started, attached to, or resumed, whichever applies."""
+
+        def say(text: str) -> None:
+            self._say(f"cycle {cycle}: {entry['name']}: {text}")
+
         failed = self._failed_before(entry)
         if failed is not None:
             edited = None
             with contextlib.suppress(GrdError):
                 if read_notebook(entry["notebook"]).sha256 != failed.record.notebook_sha256:
                     edited = entry["notebook"]
-            return resume(failed, notebook=edited, wait=False, on_note=self._say)
+            return resume(failed, notebook=edited, wait=False, on_note=say)
         return research(
             entry["notebook"],
             entry["parameters"],
@@ -143,7 +147,7 @@ class StepMaker:
             key=entry["key"],
             runs_dir=self._runs_dir,
             wait=False,
-            on_note=self._say,
+            on_note=say,
         )
 
     def _failed_before(self, entry: Entry) -> Run | None:

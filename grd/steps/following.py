@@ -66,7 +66,12 @@ def follow(
 
 def is_under_way(folder: RunFolder, process: subprocess.Popen[bytes] | None = None) -> bool:
     """Whether an attempt is under way, or the next one will come by itself. Never waits."""
-    return attempt_is_under_way(folder, process) or retry.is_pending(folder)
+    # Asked twice: what waited for its next attempt at the first look may have begun it at the second.
+    return (
+        attempt_is_under_way(folder, process)
+        or retry.is_pending(folder)
+        or attempt_is_under_way(folder, process)
+    )
 
 
 def attempt_is_under_way(folder: RunFolder, process: subprocess.Popen[bytes] | None = None) -> bool:
