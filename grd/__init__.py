@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "ContinuousResearchLoop": "grd.batch.loop",
     "GrdError": "grd.errors",
     "Run": "grd.steps.run",
     "allocate_gpu": "grd.hardware.own_gpu",
@@ -21,11 +22,13 @@ _PUBLIC = {
     "release_gpu": "grd.hardware.own_gpu",
     "research": "grd.steps.researcher",
     "resume": "grd.steps.resuming",
+    "retry_on_timeout": "grd.backoff",
     "run_with_timeout": "grd.execution.command",
     "status": "grd.steps.run",
 }
 
 __all__ = [
+    "ContinuousResearchLoop",
     "GrdError",
     "Run",
     "__version__",
@@ -40,11 +43,14 @@ __all__ = [
     "release_gpu",
     "research",
     "resume",
+    "retry_on_timeout",
     "run_with_timeout",
     "status",
 ]
 
 if TYPE_CHECKING:
+    from grd.backoff import retry_on_timeout
+    from grd.batch.loop import ContinuousResearchLoop
     from grd.errors import GrdError
     from grd.estimation.eda import estimate_eda_duration
     from grd.estimation.training import estimate_training_duration

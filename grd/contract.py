@@ -89,9 +89,10 @@ EVENT_STOP: Final = "stop"  # stage 0 (asked), 1, 2, 3; reason; action
 EVENT_RESUME: Final = "resume"  # what was restored: epoch, step|None, path
 EVENT_STAGE: Final = "stage"  # name, cached
 EVENT_WARNING: Final = "warning"  # message
+EVENT_RETRY: Final = "retry"  # state (waiting, over), why, seconds
 EVENT_KINDS: Final = (
     EVENT_STATE, EVENT_CELL, EVENT_PROGRESS, EVENT_METRICS, EVENT_CHECKPOINT, EVENT_STOP, EVENT_RESUME,
-    EVENT_STAGE, EVENT_WARNING,
+    EVENT_STAGE, EVENT_WARNING, EVENT_RETRY,
 )  # fmt: skip
 
 EVENT_VERSION: Final = 1

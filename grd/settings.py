@@ -10,7 +10,7 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -164,6 +164,63 @@ class Settings:
     """The same for inference."""
     gpu_slots: int = 1
     """Runs that share a GPU."""
+    max_attempts: int = 1
+    """Attempts of a run, the first included: after an interruption it is resumed by itself."""
+    retry_delay: float = 5.0
+    """Ceiling of the pause before the first retry; it doubles, and the pause is drawn from zero to it."""
+    retry_max_delay: float = 300.0
+    """The ceiling doubles up to this."""
+    explore_timeout: float = 600.0
+    """Cap on one attempt of a notebook whose role is explore."""
+    train_timeout: float = 3600.0
+    """The same for train."""
+    evaluate_timeout: float = 600.0
+    """The same for evaluate."""
+    aggregate_timeout: float = 600.0
+    """The same for aggregate: making one result of many."""
+    cycle_timeout: float = 3600.0
+    """Cap on one try of a loop's cycle."""
+    min_epochs: int = 3
+    """Fewest epochs that a plan of trainings may ask for."""
+    default_epochs: int = 5
+    """Epochs where nobody says how many."""
+    base_batch_size: int = 16
+    """Batch size on one device, and the default of the one below."""
+    batch_size_per_gpu: int = 16
+    """Batch size on each of several devices; the global one is this times their number."""
+
+    def timeout_for(self, role: str) -> float:
+        """Cap in seconds on one attempt of a notebook with ``role``; the default cap for any other word."""
+        seconds: float = getattr(self, f"{role}_timeout") if role in ROLES else self.default_timeout
+        return seconds
+
+
+MOST_ATTEMPTS = 100
+
+ROLES = ("explore", "train", "evaluate", "aggregate")
+"""What a notebook of a plan is for; each has a timeout of its own."""
+
+
+def _between(parse: Callable[[Any], Any], low: float, high: float, unit: str = "") -> Callable[[Any], Any]:
+    """``parse``, and a ValueError for what is not in the range, both ends included."""
+
+    def parsed(value: Any) -> Any:
+        number = parse(value)
+        if not low <= number <= high:
+            raise ValueError(f"{value!r} is not between {low:g}{unit} and {high:g}{unit}")
+        return number
+
+    return parsed
+
+
+def parse_count(value: str | int) -> int:
+    """A whole number, from text too. Raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ValueError(f"{value!r} is no whole number")
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"{value!r} is no whole number") from None
 
 
 _PARSERS: dict[str, Any] = {
@@ -179,6 +236,18 @@ _PARSERS: dict[str, Any] = {
     "training_gpus": parse_gpus,
     "inference_gpus": parse_gpus,
     "gpu_slots": parse_slots,
+    "max_attempts": _between(parse_count, 1, MOST_ATTEMPTS),
+    "retry_delay": _between(parse_duration, 0.01, 3600, " s"),
+    "retry_max_delay": _between(parse_duration, 0.01, 86400, " s"),
+    "explore_timeout": _between(parse_duration, 60, 1800, " s"),
+    "train_timeout": _between(parse_duration, 60, 7 * 86400, " s"),
+    "evaluate_timeout": _between(parse_duration, 60, 86400, " s"),
+    "aggregate_timeout": _between(parse_duration, 60, 1800, " s"),
+    "cycle_timeout": _between(parse_duration, 1, 7 * 86400, " s"),
+    "min_epochs": _between(parse_count, 1, 100),
+    "default_epochs": _between(parse_count, 1, 100),
+    "base_batch_size": _between(parse_count, 1, 256),
+    "batch_size_per_gpu": _between(parse_count, 1, 128),
 }
 
 
@@ -279,4 +348,19 @@ def load_settings(
         if environment.get(variable):
             take({name: environment[variable]}, variable)
     take(dict(flags or {}), "command line")
-    return Settings(**values), origins
+    if origins["batch_size_per_gpu"] == "default" and origins["base_batch_size"] != "default":
+        size = min(values["base_batch_size"], 128)
+        values["batch_size_per_gpu"], origins["batch_size_per_gpu"] = size, "base_batch_size"
+    settings = Settings(**values)
+    if settings.min_epochs > settings.default_epochs:
+        name = "min_epochs" if origins["min_epochs"] != "default" else "default_epochs"
+        raise ConfigurationError(
+            f"{origins[name]}: {name}: min_epochs ({settings.min_epochs}) must not be above default_epochs "
+            f"({settings.default_epochs})"
+        )
+    return settings, origins
+
+
+def get_settings() -> Settings:
+    """The settings in force in the current folder's project. Raises ConfigurationError."""
+    return load_settings(find_project_root(Path.cwd()))[0]

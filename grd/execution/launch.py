@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 from grd import contract
 from grd.errors import RunBusy
 from grd.files import LOCKS_UNSUPPORTED, take_lock
+from grd.runs import retry
 from grd.runs.folder import RunFolder
 
 LOCK_WAIT_SECONDS = 1.0
@@ -31,6 +33,44 @@ def acquire(folder: RunFolder) -> int:
             f"{folder.run_id} is being executed by another process; see: grd status {folder.run_id}"
         )
     return lock
+
+
+def ensure_retrier(folder: RunFolder) -> None:
+    """Start the process that resumes the run after an interruption, unless it is there. Never raises OSError.
+
+    It gets its lock from here, so that there is no moment in which somebody could take the run for one that
+    nobody retries.
+    """
+    with contextlib.suppress(OSError):
+        lock: int | None
+        try:
+            # Somebody who looks may hold it for a moment.
+            lock = take_lock(folder.retry_lock, wait_seconds=0.1)
+        except OSError as error:
+            if error.errno not in LOCKS_UNSUPPORTED or retry.retrier_lives(folder):
+                return
+            lock = os.open(folder.retry_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        if lock is None:
+            return
+        environment = {k: v for k, v in os.environ.items() if k not in contract.KERNEL_ENVIRONMENT}
+        environment |= {"PYTHONUNBUFFERED": "1", contract.ENV_NONINTERACTIVE: "1"}
+        # By its name: it resumes runs, which is a matter of a higher layer.
+        command = [sys.executable, "-P", "-m", "grd.steps.retrier", str(folder.path), str(lock)]
+        os.set_inheritable(lock, True)
+        try:
+            with open(folder.retry_log, "ab") as log:
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    pass_fds=(lock,),
+                    start_new_session=True,
+                    cwd=str(folder.path),
+                )
+        finally:
+            os.close(lock)
 
 
 def start_runner(folder: RunFolder, attempt: int, lock: int) -> subprocess.Popen[bytes]:

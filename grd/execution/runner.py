@@ -24,11 +24,12 @@ from grd.agreement.use import GrantInUse
 from grd.errors import GrdError
 from grd.estimation.live import probe_result
 from grd.execution.gpu_turn import GpuTurn
+from grd.execution.launch import ensure_retrier
 from grd.execution.outcome import Outcome, storage_cause
 from grd.execution.slow_imports import import_jsonschema
 from grd.execution.stopping import Stopper
 from grd.files import atomic_write, read_json, write_json
-from grd.runs import handover, last_word, leftovers, reserve, store
+from grd.runs import handover, last_word, leftovers, reserve, retry, store
 from grd.runs.events import Digest, EventLog, view_of
 from grd.runs.folder import RunFolder, process_marker
 from grd.runs.liveness import HEARTBEAT_SECONDS
@@ -432,7 +433,12 @@ def main(arguments: list[str]) -> int:
     path, attempt, lock_fd = Path(arguments[0]), int(arguments[1]), int(arguments[2])
     os.set_inheritable(lock_fd, False)  # ours alone: a kernel must not keep it alive
     runner = Runner(RunFolder(path), attempt)
+    retried = retry.policy_of(runner.record) is not None
+    if retried:
+        ensure_retrier(runner.folder)
     runner.run()
+    if retried and runner.record.state != contract.COMPLETED:
+        ensure_retrier(runner.folder)  # somebody may have killed it meanwhile
     os.close(lock_fd)  # so that the command may already resume the run
     runner.start_on_end_command()
     return 0

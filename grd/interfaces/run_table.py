@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from grd.interfaces.cli.rendering import format_number, local_time
+from grd.runs import retry
 from grd.runs.folder import RunFolder
 from grd.runs.model import RunRecord
 from grd.steps.run import Run
@@ -113,7 +114,8 @@ def row(record: RunRecord) -> dict[str, Any]:
         "ended_at",
     )
     more = ("parameters", "metrics", "progress", "checkpoint", "resume_command", "folder")
-    return {name: getattr(record, name) for name in (*names, *more)}
+    told = {name: getattr(record, name) for name in (*names, *more)}
+    return {**told, "retry": retry.shown(RunFolder(Path(record.folder)), record)}
 
 
 def _cells(record: RunRecord) -> tuple[str, str, str, str, str]:

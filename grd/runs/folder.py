@@ -94,6 +94,21 @@ class RunFolder:
         return self.path / "stop"
 
     @property
+    def retry_lock(self) -> Path:
+        """Held by the process that resumes the run after interruptions, for its whole life."""
+        return self.path / "retry.lock"
+
+    @property
+    def retry(self) -> Path:
+        """retry.json: what that process will do next."""
+        return self.path / "retry.json"
+
+    @property
+    def retry_log(self) -> Path:
+        """What that process had to say."""
+        return self.path / "retry.log"
+
+    @property
     def fence(self) -> Path:
         """Holds the number of the newest attempt; older ones may not write checkpoints."""
         return self.path / "fence"

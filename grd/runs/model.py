@@ -15,6 +15,11 @@ def now_iso() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def iso(moment: float) -> str:
+    """POSIX seconds as ISO 8601 in UTC, to the second."""
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
 @dataclass(kw_only=True)
 class Attempt:
     """One papermill execution of a run."""
@@ -111,6 +116,9 @@ class RunRecord:
     """GPUs to lease: count (None: nobody asked, one where the machine has any) and pool."""
     key: str | None = None
     """What made the start idempotent, or None."""
+    retry: dict[str, Any] | None = None
+    """How it is resumed by itself: max_attempts (counted from from_attempt), from_attempt, delay and longest
+    (ceilings of the pauses, s), notebook_errors (whether those are retried); None if it is not."""
     on_end: str | None = None
     """Shell command the runner executes at the end of each attempt, or None."""
     folder: str

@@ -13,7 +13,7 @@ from pathlib import Path
 from grd import contract
 from grd.errors import ConfigurationError, RunBusy, RunNotFound
 from grd.files import read_json, take_lock
-from grd.runs import leftovers, store
+from grd.runs import leftovers, retry, store
 from grd.runs.folder import RunFolder, run_folders
 from grd.runs.handover import PAGE_LOCK, half_written_pages
 from grd.runs.recovery import current_record, guardian_is_at_work
@@ -39,7 +39,10 @@ def remove_run(folder: RunFolder, *, dry_run: bool) -> Removed:
         raise RunBusy(f"{folder.run_id} is under way; first: grd stop {folder.run_id}")
     try:
         with contextlib.suppress(RunNotFound, ConfigurationError):
-            if guardian_is_at_work(folder, store.load(folder)):
+            record = store.load(folder)
+            if retry.is_pending(folder, record):
+                raise RunBusy(f"{folder.run_id} waits for its next attempt; first: grd stop {folder.run_id}")
+            if guardian_is_at_work(folder, record):
                 raise RunBusy(f"{folder.run_id} is ending; first: grd stop {folder.run_id} --now")
         removed = Removed(folder.path, "run", _size(folder.path))
         if not dry_run:
@@ -62,7 +65,7 @@ def collect_garbage(runs_dir: Path, *, dry_run: bool) -> Iterator[Removed]:
             record = current_record(folder)
         except (RunNotFound, ConfigurationError):
             continue
-        if record.state not in contract.ENDED_STATES:
+        if record.state not in contract.ENDED_STATES or retry.is_pending(folder, record):
             continue
         lock = take_lock(folder.lock)
         if lock is None:

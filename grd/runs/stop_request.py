@@ -10,7 +10,7 @@ from typing import Any
 
 from grd.errors import ConfigurationError, ResourceUnavailable, RunNotFound
 from grd.files import atomic_write
-from grd.runs import recovery, store
+from grd.runs import recovery, retry, store
 from grd.runs.folder import RunFolder
 from grd.runs.processes import is_alive, send_signal
 
@@ -38,6 +38,9 @@ def _signal_runner(folder: RunFolder, error: OSError, *, at_once: bool) -> str:
         record = store.load(folder)
     except (RunNotFound, ConfigurationError):
         record = None
+    if record is not None and retry.is_pending(folder, record):
+        retry.end_retrier(folder)
+        return f"{folder.run_id}: the request could not be written ({why}); its next attempt was called off"
     if record is None or not (
         _send(record.runner, signal.SIGTERM) or is_alive(record.processes.get("kernel"))
     ):

@@ -13,7 +13,7 @@ from typing import Any
 
 from grd import contract
 from grd.errors import ConfigurationError, ResourceUnavailable, RunNotFound
-from grd.runs import store
+from grd.runs import retry, store
 from grd.runs.events import LiveView
 from grd.runs.folder import RunFolder
 from grd.runs.liveness import needs_recovery
@@ -57,7 +57,7 @@ def follow(
                 return True
             if give_up is not None and time.monotonic() >= give_up:
                 return False
-            if process is None:
+            if process is None or process.poll() is not None:
                 time.sleep(POLL_SECONDS)
             else:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -65,6 +65,16 @@ def follow(
 
 
 def is_under_way(folder: RunFolder, process: subprocess.Popen[bytes] | None = None) -> bool:
+    """Whether an attempt is under way, or the next one will come by itself. Never waits."""
+    # Asked twice: what waited for its next attempt at the first look may have begun it at the second.
+    return (
+        attempt_is_under_way(folder, process)
+        or retry.is_pending(folder)
+        or attempt_is_under_way(folder, process)
+    )
+
+
+def attempt_is_under_way(folder: RunFolder, process: subprocess.Popen[bytes] | None = None) -> bool:
     """Whether a runner works on this run now, or its guardian after it. Never waits."""
     if process is not None and process.poll() is None:
         return True
@@ -76,7 +86,8 @@ def is_under_way(folder: RunFolder, process: subprocess.Popen[bytes] | None = No
         return False
     if record.state not in (contract.QUEUED, contract.RUNNING):
         return False
-    if process is None and not needs_recovery(folder, record):
+    # Where a retrier starts the attempts, the one that is under way may have another runner.
+    if (process is None or record.retry is not None) and not needs_recovery(folder, record):
         return True
     return guardian_is_at_work(folder, record)
 

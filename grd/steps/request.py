@@ -17,7 +17,8 @@ from grd.execution.parameters import ParametersCell, read_parameters_cell, resol
 from grd.hardware import leases
 from grd.hardware.leases import Wanted
 from grd.hardware.pools import TRAINING
-from grd.settings import Settings, parse_duration, parse_mlflow, parse_size
+from grd.runs.retry import Policy
+from grd.settings import MOST_ATTEMPTS, Settings, parse_count, parse_duration, parse_mlflow, parse_size
 from grd.tracking.mlflow import choice
 
 
@@ -133,6 +134,37 @@ def read_gpus(
     if count is None and pool is None:
         return before
     return {"count": wanted.count, "pool": wanted.pool}
+
+
+def read_retry(
+    max_attempts: int | str | None, retry_errors: bool | None, settings: Settings, *, before: Any = None
+) -> dict[str, Any] | None:
+    """What the record keeps of ``--max-attempts``, counted from attempt 1; ``before`` is what it has kept.
+
+    Raises UsageError.
+    """
+    kept = before or {}
+    if max_attempts is None:
+        attempts = int(kept.get("max_attempts") or settings.max_attempts)
+    else:
+        try:
+            attempts = parse_count(max_attempts)
+        except ValueError as error:
+            raise UsageError(f"--max-attempts: {error}") from None
+        if not 1 <= attempts <= MOST_ATTEMPTS:
+            raise UsageError(f"--max-attempts: {attempts} is not between 1 and {MOST_ATTEMPTS}")
+    errors = bool(kept.get("notebook_errors")) if retry_errors is None else retry_errors
+    if attempts < 2:
+        if retry_errors:
+            raise UsageError("--retry-errors needs --max-attempts 2 or more")
+        return None
+    return Policy(
+        max_attempts=attempts,
+        from_attempt=1,
+        delay=settings.retry_delay,
+        longest=settings.retry_max_delay,
+        notebook_errors=errors,
+    ).to_dict()
 
 
 def read_size(flag: str, value: int | str) -> int:

@@ -17,7 +17,7 @@ from grd.agreement.grants import Place
 from grd.errors import UsageError
 from grd.execution.launch import acquire
 from grd.files import atomic_write, write_json
-from grd.runs import recovery, reserve
+from grd.runs import recovery, reserve, retry
 from grd.runs.folder import RunFolder, new_run_id
 from grd.runs.model import Attempt, RunRecord, now_iso
 from grd.settings import Settings, find_project_root, load_settings
@@ -32,6 +32,7 @@ from grd.steps.request import (
     read_gpus,
     read_limits,
     read_mlflow,
+    read_retry,
     read_seconds,
     read_size,
 )
@@ -58,6 +59,8 @@ def research(
     on_end: str | None = None,
     mlflow: str | bool | None = None,
     mlflow_experiment: str | None = None,
+    max_attempts: int | str | None = None,
+    retry_errors: bool | None = None,
     gpus: int | str | None = None,
     gpu_pool: str | None = None,
     ask: Asker | Answered | None = None,
@@ -77,8 +80,10 @@ def research(
     ``mlflow`` sends the run to MLflow while it runs: the URI of a store, or True for the one MLflow's own
     environment names; by default the settings decide. ``gpus`` is how many GPUs the run leases, and waits
     for (0: it sees none); where nobody says it, one, if this machine has any and CUDA_VISIBLE_DEVICES does
-    not choose. ``gpu_pool`` is "training" or "inference". ``ask`` puts a question to whoever is there, or
-    is the answer to one that was put before.
+    not choose. ``gpu_pool`` is "training" or "inference". With ``max_attempts`` above 1 the run is resumed by
+    itself after an interruption that nobody asked for, after a pause, until so many attempts are made; with
+    ``retry_errors`` after an error of the notebook too. ``ask`` puts a question to whoever is there, or is
+    the answer to one that was put before.
     Raises NotebookNotFound, NotebookError, ParameterError, KernelUnavailable, ResourceUnavailable (GPUs),
     ApprovalRequired or UsageError before anything is started or written.
     """
@@ -96,6 +101,7 @@ def research(
         tracked = mlflow_of_settings(settings, request.warnings)
     else:
         tracked = read_mlflow(mlflow, settings.mlflow_experiment, settings.mlflow_interval)
+    retried = read_retry(max_attempts, retry_errors, settings)
     place = runs_folder(runs_dir)
 
     def create() -> Started:
@@ -126,6 +132,7 @@ def research(
             on_end,
             tracked,
             devices,
+            retried,
         )
         for warning in request.warnings:
             tell(on_note, warning)
@@ -142,18 +149,9 @@ def research(
             slot.assign(started.folder)
         else:
             started = _go_on(
-                known,
-                request,
-                key,
-                timeout,
-                budget,
-                grace,
-                start_timeout,
-                max_output,
-                gpus,
-                gpu_pool,
-                on_note,
-            )
+                known, request, key, timeout, budget, grace, start_timeout, max_output, gpus, gpu_pool,
+                max_attempts, retry_errors, on_note,
+            )  # fmt: skip
     return see_to_end(started, wait, on_start, on_event, on_note)
 
 
@@ -168,6 +166,8 @@ def _go_on(
     max_output: int | str | None,
     gpus: int | str | None,
     gpu_pool: str | None,
+    max_attempts: int | str | None,
+    retry_errors: bool | None,
     on_note: OnNote | None,
 ) -> Started:
     """What an idempotent call does with the run that has its key."""
@@ -180,6 +180,8 @@ def _go_on(
         )
     changed = request.source.sha256 != record.notebook_sha256
     action = keys.decide(record.state, record.cause, notebook_changed=changed)
+    if action == "resume" and retry.is_pending(folder, record):
+        action = "attach"  # it goes on by itself
     if action == "attach":
         tell(on_note, f"{record.run_id} has key {key!r} and is under way: attached")
         return Started(folder, None, 0)
@@ -203,6 +205,8 @@ def _go_on(
         allow_unknown=True,
         gpus=gpus,
         gpu_pool=gpu_pool,
+        max_attempts=max_attempts,
+        retry_errors=retry_errors,
         on_note=on_note,
     )
 
@@ -239,6 +243,7 @@ def _create(
     on_end: str | None,
     mlflow: dict[str, Any] | None,
     gpus: dict[str, Any] | None,
+    retried: dict[str, Any] | None,
 ) -> tuple[RunFolder, int]:
     """Make the run folder whole or not at all; returns it with its lock already held.
 
@@ -281,6 +286,7 @@ def _create(
         folder=str(folder.path),
         mlflow=mlflow,
         gpus=gpus,
+        retry=retried,
         estimate=estimate,
         key=key,
         on_end=on_end,

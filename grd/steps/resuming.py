@@ -41,6 +41,7 @@ from grd.steps.request import (
     injected_names,
     read_gpus,
     read_mlflow,
+    read_retry,
     read_seconds,
     read_size,
 )
@@ -66,6 +67,8 @@ def resume(
     mlflow_experiment: str | None = None,
     gpus: int | str | None = None,
     gpu_pool: str | None = None,
+    max_attempts: int | str | None = None,
+    retry_errors: bool | None = None,
     now: bool = False,
     ask: Asker | Answered | None = None,
     wait: bool = True,
@@ -79,6 +82,8 @@ def resume(
     with ``wait=False`` it returns once the attempt has been started. Where the runner was killed and its
     guardian still lets the kernel save, that is waited for; ``now`` kills the kernel instead. ``gpus`` and
     ``gpu_pool`` are as in `research`; without them it leases what the run was started with.
+    ``max_attempts`` and ``retry_errors`` are as in `research`, counted from this attempt on; without them
+    what the run was started with goes on.
     Raises RunNotFound, RunBusy, ResumeError, ApprovalRequired, and what `research` raises, before anything
     is started or changed.
     """
@@ -97,6 +102,8 @@ def resume(
         mlflow_experiment=mlflow_experiment,
         gpus=gpus,
         gpu_pool=gpu_pool,
+        max_attempts=max_attempts,
+        retry_errors=retry_errors,
         now=now,
         ask=ask,
         on_note=on_note,
@@ -120,11 +127,18 @@ def resume_folder(
     mlflow_experiment: str | None = None,
     gpus: int | str | None = None,
     gpu_pool: str | None = None,
+    max_attempts: int | str | None = None,
+    retry_errors: bool | None = None,
+    retrying: bool = False,
     now: bool = False,
     ask: Asker | Answered | None = None,
     on_note: OnNote | None,
 ) -> Started:
-    """`resume` of the run in ``folder``, started and not waited for."""
+    """`resume` of the run in ``folder``, started and not waited for.
+
+    ``retrying`` is for who resumes it by itself: a stop that was asked for meanwhile holds, and attempts go
+    on being counted.
+    """
     _await_guardian(folder, now, on_note)
     record = recovery.current_record(folder)
     if record.state in (contract.RUNNING, contract.QUEUED):
@@ -150,6 +164,8 @@ def resume_folder(
         settings, _ = load_settings(find_project_root(Path(record.working_dir)))
         record.gpus = read_gpus(gpus, gpu_pool, settings, before=record.gpus)
         number = record.attempt + 1
+        if not retrying:
+            _apply_retry(record, number, max_attempts, retry_errors)
         cap = cap_of(agreed, folder, number, used)
         _check_resumable(record, changes, cap)
         edited = changes.pop("text", None)
@@ -185,7 +201,7 @@ def resume_folder(
                 f"make {folder.path} writable, with space left, then: grd resume {folder.run_id}"
             ) from None
         raise
-    return launch(folder, attempt.number, lock)
+    return launch(folder, attempt.number, lock, forget=not retrying)
 
 
 def _await_guardian(folder: RunFolder, now: bool, on_note: OnNote | None) -> None:
@@ -310,6 +326,15 @@ def _apply_mlflow(record: RunRecord, mlflow: str | bool | None, experiment: str 
         return
     interval = float(before.get("interval") or DEFAULT_INTERVAL_SECONDS)
     record.mlflow = read_mlflow(mlflow, experiment or before.get("experiment"), interval)
+
+
+def _apply_retry(
+    record: RunRecord, number: int, max_attempts: int | str | None, retry_errors: bool | None
+) -> None:
+    settings, _ = load_settings(find_project_root(Path(record.working_dir)))
+    before = record.retry or {"max_attempts": 1}  # a setting of now is not for a run of before
+    chosen = read_retry(max_attempts, retry_errors, settings, before=before)
+    record.retry = None if chosen is None else {**chosen, "from_attempt": number}
 
 
 def _check_resumable(record: RunRecord, changes: Mapping[str, Any], cap: dict[str, Any] | None) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from grd import contract
 from grd.estimation.live import progress_with_interval
-from grd.runs import listing, notebook_journal, recovery, resource_samples
+from grd.runs import listing, notebook_journal, recovery, resource_samples, retry
 from grd.runs.events import LiveView, view_of
 from grd.runs.folder import RunFolder, find_run
 from grd.runs.liveness import heartbeat_age
@@ -220,6 +220,7 @@ def status_of(folder: RunFolder, *, view: LiveView | None = None) -> dict[str, A
     stores = mlflow_state.summary(folder, record.attempt)
     if record.mlflow is not None or stores:
         shown["mlflow"] = {**(record.mlflow or {}), "stores": stores}
+    shown["retry"] = retry.shown(folder, record)
     if record.state in (contract.RUNNING, contract.QUEUED):
         view = view or view_of(folder)
         shown["progress"] = progress_with_interval(view, record.estimate)

@@ -35,9 +35,13 @@ def tell(on_note: OnNote | None, text: str) -> None:
         on_note(text)
 
 
-def launch(folder: RunFolder, attempt: int, lock: int) -> Started:
-    """Start the runner of ``attempt``, which gets ``lock``."""
-    forget_request(folder)
+def launch(folder: RunFolder, attempt: int, lock: int, *, forget: bool = True) -> Started:
+    """Start the runner of ``attempt``, which gets ``lock``.
+
+    ``forget`` what stopped the last one: whoever starts this one wants it to run.
+    """
+    if forget:
+        forget_request(folder)
     position = folder.events.stat().st_size if folder.events.exists() else 0
     return Started(folder, start_runner(folder, attempt, lock), position)
 

@@ -54,6 +54,11 @@ def worst(codes: Iterable[int]) -> int:
     return OK
 
 
+def of_loop(reason: str) -> int:
+    """The exit code that a loop's end gives to its command."""
+    return {"done": OK, "failures": RUN_FAILED, "approval_required": APPROVAL}.get(reason, INTERRUPTED)
+
+
 def of_run(state: str, cause: str | None) -> int:
     """The exit code that a run's end gives to the command that followed it."""
     if state == contract.COMPLETED:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
@@ -15,7 +16,7 @@ from grd.interfaces.cli.answer import Answer, AnsweringCommand, surface
 from grd.interfaces.cli.completion import run_argument
 from grd.interfaces.cli.rendering import describe_end, format_number, say
 from grd.interfaces.run_table import RunTable, row
-from grd.runs import handover, listing, recovery
+from grd.runs import handover, listing, recovery, retry
 from grd.runs.folder import RunFolder, find_run
 from grd.runs.model import RunRecord
 from grd.steps import run as runs
@@ -89,6 +90,9 @@ def _section(title: str, records: Sequence[RunRecord]) -> list[str]:
         lines.append(f"  {record.run_id}  {record.state}{because}")
         if record.detail:
             lines.append(f"      {record.detail}")
+        retried = retry.text(retry.shown(RunFolder(Path(record.folder)), record))
+        if retried is not None:
+            lines.append(f"      retry: {retried}")
         lines.append(f"      next: {handover.next_command(record)}")
     return lines
 

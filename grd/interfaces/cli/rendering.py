@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import click
 
 from grd import contract
+from grd.runs import retry
 from grd.runs.events import LiveView
 from grd.runs.folder import RunFolder
 from grd.settings import format_duration
@@ -167,12 +168,21 @@ def line_of(event: dict[str, Any]) -> str | None:
         return f"warning: {event.get('message')}"
     if kind == contract.EVENT_STATE and event.get("cause") == contract.START_FAILED:
         return f"{state_text(event)}: {event.get('detail')}"
+    if kind == contract.EVENT_RETRY:
+        return _retry_line(event)
     if kind == contract.EVENT_STOP and event.get("stage") == 0:
         return f"stopping: {event.get('reason')}"
     if kind == contract.EVENT_STOP and event.get("stage") == 3:
         at_once = event.get("action") == "kill at once"
         return "killing at once, as asked" if at_once else "the grace period is over: killing"
     return None
+
+
+def _retry_line(event: dict[str, Any]) -> str:
+    if event.get("state") == retry.WAITING:
+        soon = format_duration(max(1.0, float(event.get("seconds") or 0.0)))
+        return f"{event.get('why')}; the next attempt starts within {soon}"
+    return f"no further attempt: {event.get('why')}"
 
 
 def state_text(event: dict[str, Any]) -> str:
@@ -267,6 +277,9 @@ def rows_of(shown: dict[str, Any]) -> list[tuple[str, str]]:
         silent = shown.get("heartbeat_seconds") or 0.0
         hung = f", silent for {format_duration(silent)}: stopped or hung?" if silent > SILENT_SECONDS else ""
         rows.append(("runner", f"pid {shown['runner']['pid']} on {shown['runner']['host']}{hung}"))
+    retried = retry.text(shown.get("retry"))
+    if retried is not None:
+        rows.append(("retry", retried))
     if shown.get("resume_command"):
         rows.append(("next", shown["resume_command"]))
     elif shown.get("state") == contract.COMPLETED:

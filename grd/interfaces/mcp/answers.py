@@ -8,6 +8,7 @@ from typing import Any
 
 from grd import contract, errors
 from grd.interfaces.cli.rendering import progress_text
+from grd.runs import retry
 
 LONGEST_WAIT_SECONDS = 50.0
 """Clients give up on a call after about 60 s."""
@@ -32,10 +33,11 @@ _SHOWN = (
     "progress",
     "metrics",
     "checkpoint",
+    "retry",
     "warnings",
     "folder",
 )
-_LISTED = ("run_id", "state", "cause", "detail", "progress", "metrics")
+_LISTED = ("run_id", "state", "cause", "detail", "progress", "metrics", "retry")
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 _NEXT_HERE: tuple[tuple[type[Exception], str], ...] = (
@@ -87,6 +89,8 @@ def next_call(shown: Mapping[str, Any]) -> dict[str, Any]:
     run, state, cause = shown["run_id"], shown["state"], shown["cause"]
     if state in (contract.QUEUED, contract.RUNNING):
         return _call("run_wait", {"runs": [run]}, f"it is {state}")
+    if retry.comes(shown.get("retry")):
+        return _call("run_wait", {"runs": [run]}, f"{retry.text(shown['retry'])}")
     if state == contract.COMPLETED:
         return _call("run_result", {"run": run}, "it is completed")
     if state == contract.FAILED and cause == contract.START_FAILED:
@@ -115,7 +119,11 @@ def _call(tool: str | None, arguments: dict[str, Any] | None, why: str) -> dict[
 
 def of_wait(told: Sequence[dict[str, Any]], ended: bool) -> dict[str, Any]:
     """Where the runs stand after a wait; ``next`` is the wait that goes on, or what the only run needs."""
-    going = [run["run_id"] for run in told if run["state"] not in contract.ENDED_STATES]
+    going = [
+        run["run_id"]
+        for run in told
+        if run["state"] not in contract.ENDED_STATES or retry.comes(run.get("retry"))
+    ]
     if going:
         following = _call("run_wait", {"runs": going}, "not all have ended: ask again, the runs go on")
     elif len(told) == 1:

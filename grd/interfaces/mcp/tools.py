@@ -23,7 +23,7 @@ from mcp.server.mcpserver.exceptions import ResourceError, ToolError
 from grd import contract
 from grd.errors import GrdError, UsageError
 from grd.interfaces.mcp import answers
-from grd.runs import handover, listing, recovery
+from grd.runs import handover, listing, recovery, retry
 from grd.runs.folder import RunFolder, find_run
 from grd.runs.stop_request import ask_to_stop
 from grd.steps.following import POLL_SECONDS, is_under_way
@@ -88,13 +88,15 @@ async def run_start(
     kernel: str | None = None,
     checkpoint_dir: str | None = None,
     grace: str | float | None = None,
+    max_attempts: int | None = None,
     allow_unknown: bool = False,
 ) -> dict[str, Any]:
     """Run a training notebook. Returns at once; the run goes on by itself, also after this server's end.
 
     Give a key of your own, such as "lr-0.01": a repeated call with it never starts a second run, but attaches
     to the one there is, resumes it, or shows its result. timeout ("30m", or seconds) caps one attempt, budget
-    all attempts together; without either all attempts get 10 minutes. Next: run_wait.
+    all attempts together; without either all attempts get 10 minutes. With max_attempts it is resumed by
+    itself when its kernel or runner dies. Next: run_wait.
     """
 
     def start() -> dict[str, Any]:
@@ -111,6 +113,7 @@ async def run_start(
             kernel=kernel,
             checkpoint_dir=checkpoint_dir,
             grace=grace,
+            max_attempts=max_attempts,
             allow_unknown=allow_unknown,
             wait=False,
             on_note=notes.append,
@@ -167,7 +170,13 @@ async def run_status(run: str | None = None) -> dict[str, Any]:
         place = runs_folder()
         found = handover.overview_of(listing.list_all(place))
         groups = {"running": found.running, "resumable": found.resumable, "failed": found.failed}
-        shown = {name: [record.to_dict() for record in group] for name, group in groups.items()}
+        shown = {
+            name: [
+                {**record.to_dict(), "retry": retry.shown(RunFolder(Path(record.folder)), record)}
+                for record in group
+            ]
+            for name, group in groups.items()
+        }
         return answers.of_project(str(Path.cwd()), str(place), shown, found.completed)
 
     return await _in_thread(look)

@@ -1,0 +1,193 @@
+"""What a loop remembers: one folder with its state, its events, its log and the lock of who runs it.
+
+loop.json is replaced atomically before and after each step, so that whoever is killed has lost nothing: the
+cycle under way is there with the key of each of its runs, and a key starts one run only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from grd.batch.loop_plan import Plan, Step
+from grd.errors import ConfigurationError, ResourceUnavailable, UsageError
+from grd.files import JsonLines, is_locked, read_json, take_lock, write_json
+from grd.runs.model import now_iso
+from grd.runs.processes import identity
+
+SCHEMA = "grd.loop/1"
+
+RUNNING, PAUSING, WAITING, ENDED, LOST = "running", "pausing", "waiting", "ended", "lost"
+"""A cycle is under way; between cycles; before a failed one is tried again; over; who ran it is gone."""
+
+LOCK_WAIT_SECONDS = 0.5
+
+PREPARE, STEP = "prepare", "step"
+
+Entry = dict[str, Any]
+"""A step in one cycle: what is run, with which key, and what became of it."""
+
+
+class LoopMemory:
+    """The folder of one loop. Nothing is created before `held`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.value: dict[str, Any] = {}
+
+    @property
+    def file(self) -> Path:
+        """loop.json"""
+        return self.path / "loop.json"
+
+    @property
+    def events(self) -> Path:
+        """events.jsonl"""
+        return self.path / "events.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """loop.log, for people."""
+        return self.path / "loop.log"
+
+    @property
+    def lock(self) -> Path:
+        """Held by who runs the loop."""
+        return self.path / "lock"
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """The folder, for one loop alone. Raises ResourceUnavailable with who has it, UsageError."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = take_lock(self.lock, wait_seconds=LOCK_WAIT_SECONDS)
+        except OSError as error:
+            raise UsageError(f"no loop can remember in {self.path}: {error.strerror or error}") from None
+        if lock is None:
+            raise ResourceUnavailable(
+                f"{self._holder()} runs a loop with {self.path}; see: "
+                f"grd loop --memory-path {self.path} --status"
+            )
+        try:
+            yield
+        finally:
+            os.close(lock)
+
+    def _holder(self) -> str:
+        with contextlib.suppress(ConfigurationError):
+            who = self.read().get("loop") or {}
+            if who:
+                return f"process {who.get('pid')} on {who.get('host')}"
+        return "another process"
+
+    def read(self) -> dict[str, Any]:
+        """loop.json, empty if there is none. Raises ConfigurationError where it is no loop's."""
+        try:
+            value = read_json(self.file)
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(f"{self.file} cannot be read: {error}") from None
+        if not isinstance(value, dict) or value.get("schema") != SCHEMA:
+            raise ConfigurationError(f"{self.file} is no loop's")
+        return value
+
+    def begin(self, plan: Plan, max_cycles: int | None) -> None:
+        """Take over what is there, or begin anew."""
+        self.value = {
+            "schema": SCHEMA,
+            "loop_id": secrets.token_hex(4),
+            "memory_path": str(self.path),
+            "cycles": 0,
+            "failures": 0,
+            "failed_tries": 0,
+            "current": None,
+            "prepared": None,
+            "timing": {},
+            "last": None,
+            "detail": None,
+            "created_at": now_iso(),
+        } | self.read()
+        self.value |= {"plan": plan.origin, "max_cycles": max_cycles, "loop": identity(), "failures": 0}
+        self.save(state=RUNNING, reason=None, detail=None, next_at=None, started_at=now_iso(), ended_at=None)
+
+    def save(self, **values: Any) -> None:
+        """Change some values, and store all. Raises OSError."""
+        self.value |= values
+        write_json(self.file, self.value)
+
+    def tell(self, kind: str, **values: Any) -> None:
+        """Append an event. A full disk never raises."""
+        with contextlib.suppress(OSError, ValueError):
+            lines = JsonLines(self.events)
+            try:
+                lines.append({"v": 1, "t": round(time.time(), 3), "pid": os.getpid(), "kind": kind, **values})
+            finally:
+                lines.close()
+
+    def note(self, text: str) -> None:
+        """A line of the log. A full disk never raises."""
+        with contextlib.suppress(OSError), open(self.log, "a", encoding="utf-8") as stream:
+            stream.write(f"{now_iso()} {text}\n")
+
+    # --- cycles --------------------------------------------------------------------------------------------
+
+    def cycle(self, number: int, plan: Plan) -> dict[str, Any]:
+        """The cycle of this number: what was started of it stays, the rest is as the plan has it now."""
+        found: dict[str, Any] = {"cycle": number, "tries": 0, "started_at": None}
+        started: dict[str, Entry] = {}
+        for kept in (self.value["current"], self.value["prepared"]):
+            if kept is not None and kept["cycle"] == number:
+                found = kept
+                started = {entry["name"]: entry for entry in kept["steps"] if entry["run_id"] is not None}
+                break
+        planned = [(PREPARE, step) for step in plan.prepare] + [(STEP, step) for step in plan.steps]
+        found["steps"] = [
+            started.get(step.name) or self._entry(number, phase, step) for phase, step in planned
+        ]
+        return found
+
+    def _entry(self, number: int, phase: str, step: Step) -> Entry:
+        return {
+            "name": step.name,
+            "phase": phase,
+            "notebook": step.notebook,
+            "parameters": step.parameters_of(number),
+            "timeout": step.timeout,
+            "budget": step.budget,
+            "max_attempts": step.max_attempts,
+            "kernel": step.kernel,
+            "key": f"loop-{self.value['loop_id']}-{number}-{step.name}",
+            "run_id": None,
+            "state": None,
+            "cause": None,
+            "detail": None,
+            "seconds": 0.0,
+        }
+
+    def count_time(self, phase: str, seconds: float) -> None:
+        """Add what a phase of a cycle has taken to the sums over all cycles."""
+        kept = self.value["timing"].setdefault(phase, {"count": 0, "seconds": 0.0})
+        kept["count"] += 1
+        kept["seconds"] = round(kept["seconds"] + seconds, 3)
+
+
+def shown(memory: LoopMemory) -> dict[str, Any]:
+    """What is true of a loop now, and the phases that take the most. Raises ConfigurationError."""
+    value = memory.read()
+    if not value:
+        raise UsageError(f"no loop has been run with {memory.path}; start it: grd loop PLAN")
+    if value["state"] != ENDED:
+        with contextlib.suppress(OSError):
+            if not is_locked(memory.lock):
+                value["state"], value["reason"] = LOST, "the process that ran it is gone"
+    total = sum(kept["seconds"] for kept in value["timing"].values())
+    for kept in value["timing"].values():
+        kept["mean_seconds"] = round(kept["seconds"] / kept["count"], 3)
+        kept["share"] = round(kept["seconds"] / total, 3) if total else None
+    return value
