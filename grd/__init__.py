@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Batch": "grd.batch.looking",
     "GrdError": "grd.errors",
     "Run": "grd.steps.run",
     "aresearch": "grd.steps.awaiting",
@@ -23,11 +24,13 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "Batch",
     "GrdError",
     "Run",
     "__version__",
     "aresearch",
     "aresume",
+    "batch",
     "estimate_eda_duration",
     "estimate_training_duration",
     "explore",
@@ -39,6 +42,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from grd.batch.looking import Batch
+    from grd.batch.submitting import batch
     from grd.errors import GrdError
     from grd.estimation.eda import estimate_eda_duration
     from grd.estimation.training import estimate_training_duration
@@ -52,6 +57,8 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: `import grd` must cost nothing in a notebook or a status call.
+    if name == "batch":
+        return importlib.import_module("grd.batch")  # the package itself can be called
     if name in _PUBLIC:
         value = getattr(importlib.import_module(_PUBLIC[name]), name)
         globals()[name] = value

@@ -30,15 +30,29 @@ class Slot:
 
     def run(self) -> RunFolder | None:
         """The run that has this key; None if there is none, or it was removed."""
-        try:
-            folder = RunFolder(self.runs_dir / self.path.read_text(encoding="utf-8").strip())
-        except OSError:
-            return None
-        return folder if folder.record.exists() else None
+        return _run_in(self.runs_dir, self.path)
 
     def assign(self, folder: RunFolder) -> None:
         """Give the key to ``folder``."""
         atomic_write(self.path, folder.run_id + "\n")
+
+
+def run_of(runs_dir: Path, key: str) -> RunFolder | None:
+    """The run that has ``key`` at this moment, for those who only look."""
+    return _run_in(runs_dir, runs_dir / ".keys" / _name_of(key))
+
+
+def _run_in(runs_dir: Path, slot: Path) -> RunFolder | None:
+    try:
+        name = slot.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    folder = RunFolder(runs_dir / name)
+    return folder if name and folder.record.exists() else None
+
+
+def _name_of(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
 @contextlib.contextmanager
@@ -51,7 +65,7 @@ def held(runs_dir: Path, key: str) -> Iterator[Slot]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"no run folder can be made in {runs_dir}: {error.strerror or error}") from None
-    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    name = _name_of(key)
     lock = take_lock(folder / f"{name}.lock", wait_seconds=LOCK_WAIT_SECONDS)
     if lock is None:
         raise ResourceUnavailable(

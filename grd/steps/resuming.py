@@ -113,9 +113,11 @@ def resume_folder(
     mlflow_experiment: str | None = None,
     now: bool = False,
     ask: Asker | None = None,
+    environment: Mapping[str, str] | None = None,
     on_note: OnNote | None,
 ) -> Started:
-    """`resume` of the run in ``folder``, started and not waited for."""
+    """`resume` of the run in ``folder``, started and not waited for; ``environment`` is its runner's, besides
+    this process's."""
     _await_guardian(folder, now, on_note)
     record = recovery.current_record(folder)
     if record.state in (contract.RUNNING, contract.QUEUED):
@@ -174,7 +176,7 @@ def resume_folder(
                 f"make {folder.path} writable, with space left, then: grd resume {folder.run_id}"
             ) from None
         raise
-    return launch(folder, attempt.number, lock)
+    return launch(folder, attempt.number, lock, environment)
 
 
 def _await_guardian(folder: RunFolder, now: bool, on_note: OnNote | None) -> None:
@@ -277,7 +279,12 @@ def _agree(folder: RunFolder, record: RunRecord, typed_now: bool, ask: Asker | N
     if budget.get("agreed") == decision.DEFAULT and budget.get("seconds") is not None:
         settings = replace(settings, default_timeout=float(budget["seconds"]))  # as it was at the start
     wanted = Wanted(
-        place=Place(project=str(root), notebook=record.notebook, run_id=folder.run_id),
+        place=Place(
+            project=str(root),
+            notebook=record.notebook,
+            run_id=folder.run_id,
+            batch_id=None if record.batch is None else str(record.batch.get("id")),
+        ),
         timeout=record.timeout,
         budget=typed,
         typed_now=typed_now,
