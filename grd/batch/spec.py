@@ -64,6 +64,9 @@ def read_spec(source: str | Path | Mapping[str, Any], more: Mapping[str, Any] | 
         origin, value = str(source), _document(str(source), typed)
     if not isinstance(value, dict):
         raise UsageError(f"{origin}: a spec is a mapping, such as: notebook: train.ipynb")
+    common, besides = value.get("parameters"), typed.get("parameters")
+    if isinstance(common, Mapping) and isinstance(besides, Mapping):
+        typed["parameters"] = {**common, **besides}
     return take_apart({**value, **typed}, origin)
 
 
@@ -93,6 +96,10 @@ def take_apart(document: dict[str, Any], origin: str) -> Spec:
     """Check the words of a spec and list its runs. Raises UsageError, NotFoundError for a missing file."""
     _check_keys(document, BATCH_KEYS, origin)
     common = _mapping(document.get("parameters"), f"{origin}: parameters")
+    for name in ("grid", "zip"):
+        twice = [each for each in common if each in _mapping(document.get(name), f"{origin}: {name}")]
+        if twice:
+            raise UsageError(f"{origin}: {twice[0]!r} stands in parameters and in {name}: one of them")
     notebooks = _notebooks(document, origin)
     choices = [
         list(found)

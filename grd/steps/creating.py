@@ -14,7 +14,7 @@ from grd.errors import UsageError
 from grd.execution.launch import acquire
 from grd.files import atomic_write, write_json
 from grd.runs import reserve
-from grd.runs.folder import RunFolder, new_run_id
+from grd.runs.folder import RunFolder, new_run_id, staging_of
 from grd.runs.model import Attempt, RunRecord, now_iso
 from grd.settings import Settings
 from grd.steps.agreeing import Agreed, cap_of, give_back
@@ -45,7 +45,8 @@ def _reserve(runs_dir: Path, name: str) -> tuple[RunFolder, RunFolder]:
     """A run folder that nobody else has or will take, and the one it is made in, which exists then."""
     while True:
         run_id = new_run_id(name)
-        folder, staging = RunFolder(runs_dir / run_id), RunFolder(runs_dir / f".new-{run_id}")
+        folder = RunFolder(runs_dir / run_id)
+        staging = RunFolder(staging_of(folder.path))
         try:
             staging.path.mkdir(parents=True)
         except FileExistsError:

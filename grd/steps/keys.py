@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Literal
 from grd import contract
 from grd.errors import ResourceUnavailable, UsageError
 from grd.files import atomic_write, take_lock
-from grd.runs.folder import RunFolder
+from grd.runs.folder import RunFolder, is_run_id, staging_of
 
 LOCK_WAIT_SECONDS = 30.0
 """A start takes about a second; whoever calls at the same moment waits for it and then attaches."""
@@ -29,8 +30,17 @@ class Slot:
     path: Path
 
     def run(self) -> RunFolder | None:
-        """The run that has this key; None if there is none, or it was removed."""
-        return _run_in(self.runs_dir, self.path)
+        """The run that has this key; None if there is none, or it was removed.
+
+        One that was being made by somebody who was killed never came to be: what there is of it is swept.
+        """
+        found = _run_in(self.runs_dir, self.path)
+        if found is None:
+            with contextlib.suppress(OSError):
+                name = self.path.read_text(encoding="utf-8").strip()
+                if is_run_id(name):
+                    shutil.rmtree(staging_of(self.runs_dir / name), ignore_errors=True)
+        return found
 
     def assign(self, folder: RunFolder) -> None:
         """Give the key to ``folder``."""

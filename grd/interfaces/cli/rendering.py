@@ -247,6 +247,8 @@ def describe_end(shown: dict[str, Any]) -> list[str]:
         lines.append(f"  metrics     {metrics_text(shown['metrics'])}")
     if shown.get("checkpoint"):
         lines.append(f"  checkpoint  {_position(shown['checkpoint'])}: {shown['checkpoint'].get('path')}")
+    if shown.get("batch"):
+        lines.append(f"  batch       {shown['batch']['id']}, its run {shown['batch']['index'] + 1}")
     lines.append(f"  folder      {shown['folder']}")
     if shown.get("cause") == contract.START_FAILED:
         lines.append(f"  log         {RunFolder(Path(shown['folder'])).attempt(shown['attempt']).log}")
