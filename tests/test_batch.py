@@ -22,6 +22,8 @@ from grd.batch.jobs import decide
 from grd.batch.sharing import THREAD_VARIABLES, has_room, share, thread_environment
 from grd.batch.values import split_values
 from grd.errors import GrdError, KernelUnavailable, NotFoundError, UsageError
+from grd.interfaces.cli.answer import Surface
+from grd.interfaces.cli.main import cli
 from grd.runs.model import RunRecord
 
 PARAMETERS = "lr: float = 0.5\nseed: int = 0\nlayers: list = []\nfile = ''\ntimeout = None\nresume = False"
@@ -100,30 +102,36 @@ def test_what_is_wrong_with_a_spec_is_said_with_its_place_and_nothing_is_made(he
 
 def test_errors_in_files_are_one_line_with_their_exit_code(here: Project) -> None:
     files = {
-        "two.yaml": ("notebook: score.ipynb\ngrid: {lr: [1, x, y]}", 2, "two.yaml: grid (lr=x)"),
-        "twice.yaml": ("notebook: score.ipynb\nnotebook: b.ipynb", 2, "twice.yaml: line 2 has 'notebook'"),
-        "bad.json": ('{"notebook": ', 2, "bad.json: no valid JSON"),
-        "rows.csv": ("lr,seed\n1,2\n3\n", 2, "rows.csv: line 3 has 1 values for 2 columns"),
-        "values.csv": ("lr,seed\n1,2\n3,x\n", 2, "values.csv: line 3 (lr=3 seed=x): parameter 'seed'"),
-        "spec.toml": ("notebook = 1", 2, "spec.toml: a spec is a file that ends with"),
+        "two.yaml": ("notebook: score.ipynb\ngrid: {lr: [1, x, y]}", "two.yaml: grid (lr=x)"),
+        "twice.yaml": ("notebook: score.ipynb\nnotebook: b.ipynb", "twice.yaml: line 2 has 'notebook'"),
+        "bad.json": ('{"notebook": ', "bad.json: no valid JSON"),
+        "rows.csv": ("lr,seed\n1,2\n3\n", "rows.csv: line 3 has 1 values for 2 columns"),
+        "values.csv": ("lr,seed\n1,2\n3,x\n", "values.csv: line 3 (lr=3 seed=x): parameter 'seed'"),
+        "spec.toml": ("notebook = 1", "spec.toml: a spec is a file that ends with"),
     }
-    for name, (text, code, said) in files.items():
+    for name, (text, said) in files.items():
         (here.path / name).write_text(text)
-        done = here.grd("batch", name, *(["--notebook", "score.ipynb"] if name.endswith("csv") else []))
-        assert (done.code, done.out) == (code, ""), name
-        assert len(done.err.strip().splitlines()) == 1, done.err
-        assert said in done.err
-    assert "2 more" not in done.err
+        with pytest.raises(UsageError) as wrong:
+            grd.batch(name, notebook="score.ipynb" if name.endswith("csv") else None)
+        assert said in str(wrong.value)
+    done = here.grd("batch", "two.yaml")
+    assert (done.code, done.out, len(done.err.strip().splitlines())) == (2, "", 1)
+    assert done.err.startswith("grd: two.yaml: grid (lr=x): parameter 'lr': 'x' is no float")
+    assert "(and 1 more of 3 runs are wrong)" in done.err
     assert here.grd("batch", "none.yaml").code == 66
     assert nothing_was_made(here)
 
 
+def typed(*arguments: str) -> Any:
+    """What a command answers, executed by the very same code in this process."""
+    return cli.main([*arguments], prog_name="grd", standalone_mode=False, obj=Surface(prints=False)).document
+
+
 def dry(project: Project, *arguments: str) -> list[dict[str, Any]]:
     """The parameters of the runs that a command would start."""
-    done = project.grd(*arguments, "--dry-run", "--json")
-    assert done.code == 0, done.err
+    plan = typed(*arguments, "--dry-run")
     assert nothing_was_made(project)
-    return [run["parameters"] for run in done.json["runs"]]
+    return [run["parameters"] for run in plan["runs"]]
 
 
 def test_grid_zip_list_and_files_give_the_same_runs_as_typed_and_as_written(here: Project) -> None:
@@ -175,25 +183,25 @@ def test_a_sweep_is_run_once_and_found_again_and_every_command_tells_the_same(he
     assert [row["metrics"] for row in shown["runs"]] == [{"score": 1.0}, {"score": 1.5}]
     events = [json.loads(line) for line in done.err.splitlines() if line.startswith("{")]
     assert [e["step"] for e in events if e.get("index") == 1] == ["starting", "started", "ended"]
-    assert here.grd("batch", "status", "--json").json == shown
-    assert here.grd("batch", "wait", "last", "--json").json == shown
+    assert typed("batch", "status") == shown == typed("batch", "wait")
 
     again = here.grd("sweep", "score.ipynb", "-g", "seed", "2..4", "-p", "lr", "0.5", "--json")
     assert again.code == 0, again.err
     assert [row["found"] for row in again.json["runs"]] == [True, True, False]
     assert sorted((here.path / "ran.txt").read_text().split("\n")[:-1]) == ["0.5 2", "0.5 3", "0.5 4"]
 
-    rows = list(csv.DictReader(io.StringIO(here.grd("batch", "status", "--csv").out)))
+    rows = list(csv.DictReader(io.StringIO(grd.Batch(again.json["folder"]).table.csv())))
     assert [row["metrics.score"] for row in rows] == ["1.0", "1.5", "2.0"]
     assert [row["parameters.seed"] for row in rows] == ["2", "3", "4"]
-    listed = here.grd("list", "--json").json["runs"]
+    listed = typed("list")["runs"]
     assert {run["batch"]["id"] for run in listed} == {shown["batch_id"], again.json["batch_id"]}
     first = shown["runs"][0]["run_id"]
     assert f"{shown['batch_id']}, its run 1" in here.grd("status", first).out
     assert len(listed) == len(here.run_folders()) == 3
-    assert here.grd("status", "batches").code == 66
-    assert here.grd("gc", "--json").json["removed"] == []
-    assert [b["state"] for b in here.grd("batch", "list", "--json").json["batches"]] == ["completed"] * 2
+    with pytest.raises(NotFoundError):
+        typed("status", "batches")
+    assert not [each for each in typed("gc")["removed"] if "batches" in each["path"]]
+    assert [each["state"] for each in typed("batch", "list")["batches"]] == ["completed"] * 2
     cores = share(wanted=2, runs=2, cores=len(os.sched_getaffinity(0)), memory=None, needed=None)
     assert f"threads {cores.threads}" in here.grd("logs", first).out
 
@@ -206,14 +214,14 @@ def test_a_sweep_is_run_once_and_found_again_and_every_command_tells_the_same(he
     assert here.processes() == []
     # The spec as it was submitted can be submitted again.
     spec = Path(again.json["folder"], "spec.json")
-    assert dry_total(here, "batch", str(spec)) == (3, 0)
-    assert dry_total(here, "batch", str(spec), "--force") == (3, 3)
+    assert dry_total("batch", str(spec)) == (3, 0)
+    assert dry_total("batch", str(spec), "--force") == (3, 3)
     here.notebook("score.ipynb", SCORE + "\n", "# other code", parameters=PARAMETERS)
-    assert dry_total(here, "batch", str(spec)) == (3, 3)
+    assert dry_total("batch", str(spec)) == (3, 3)
 
 
-def dry_total(project: Project, *arguments: str) -> tuple[int, int]:
-    plan = project.grd(*arguments, "--dry-run", "--json").json
+def dry_total(*arguments: str) -> tuple[int, int]:
+    plan = typed(*arguments, "--dry-run")
     return plan["total"], plan["to_run"]
 
 
@@ -285,11 +293,10 @@ def test_what_a_job_does_with_the_run_that_has_its_key() -> None:
 
 
 def test_the_package_is_the_function_whatever_is_imported_first(here: Project) -> None:
-    for first in ("import grd", "import grd.batch", "import grd.batch.plan, grd", "from grd import batch"):
-        code = f"{first}\nimport grd\nassert callable(grd.batch)\ntry:\n  grd.batch({{}})\n"
-        code += "except grd.GrdError as error:\n  print(error)"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-        assert "no notebook" in done.stdout, done.stderr
+    code = "import grd.batch.plan\nfrom grd import batch\nassert batch is grd.batch\n"
+    code += "try:\n    grd.batch({})\nexcept grd.GrdError as error:\n    print(error)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "no notebook" in done.stdout, done.stderr
 
 
 @pytest.mark.faults

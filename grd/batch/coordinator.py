@@ -327,6 +327,7 @@ def launch_coordinator(folder: BatchFolder, lock: int, working_dir: str) -> subp
     """Start the coordinator and hand it ``lock``, which is closed here. It survives the caller."""
     environment = {k: v for k, v in os.environ.items() if k not in contract.KERNEL_ENVIRONMENT}
     environment["PYTHONUNBUFFERED"] = "1"
+    environment[contract.ENV_RUNNER] = folder.batch_id  # not a process of a run that it was started from
     command = [sys.executable, "-P", "-m", "grd.batch.coordinator", str(folder.path), str(lock)]
     os.set_inheritable(lock, True)
     try:

@@ -16,7 +16,7 @@ from grd.batch.coordinator import launch_coordinator
 from grd.batch.following import OnEvent, OnNote, follow
 from grd.batch.looking import Batch, batch_status
 from grd.batch.plan import Plan, make_plan
-from grd.batch.spec import Spec, read_spec
+from grd.batch.spec import read_spec
 from grd.errors import RunBusy, UsageError
 from grd.files import take_lock
 from grd.runs import recovery
@@ -68,7 +68,7 @@ def batch(
     )
     record = records.fresh_record(plan, batch_id, name)
     record.grant = grant
-    folder, lock = records.create_batch(plan, record, place, *_document_of(plan.spec, spec, more))
+    folder, lock = records.create_batch(plan, record, place, *_document_of(plan, spec, more))
     for warning in plan.warnings:
         tell(on_note, warning)
     process = launch_coordinator(folder, lock, record.working_dir)
@@ -155,11 +155,16 @@ def _name_of(plan: Plan) -> str:
 
 
 def _document_of(
-    spec: Spec, submitted: str | Path | Mapping[str, Any], more: Mapping[str, Any]
+    plan: Plan, submitted: str | Path | Mapping[str, Any], more: Mapping[str, Any]
 ) -> tuple[str, str]:
     """The spec as submitted: the file's own text, or what was typed as JSON that can be submitted again."""
     typed = any(value is not None for value in more.values())
     if not isinstance(submitted, Mapping) and not typed:
         path = Path(submitted)
         return documents.read_text(path, str(submitted)), path.suffix.lower()
-    return json.dumps(spec.document, indent=2, default=str, ensure_ascii=False) + "\n", ".json"
+    document = dict(plan.spec.document)
+    if document.get("parameters"):
+        # Text from a command line has the notebook's type by now; as text it would be another value.
+        common = dict(document["parameters"])
+        document["parameters"] = {name: plan.runs[0].parameters.get(name, common[name]) for name in common}
+    return json.dumps(document, indent=2, default=str, ensure_ascii=False) + "\n", ".json"

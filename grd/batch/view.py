@@ -77,11 +77,11 @@ def _row(
 ) -> BatchRow:
     if event is None:
         return BatchRow(run=run, state=waiting)
-    if event.get("step") == records.REFUSED:
+    name = event.get("run_id")
+    if event.get("step") == records.REFUSED and not name:
         return BatchRow(
             run=run, state=str(event["state"]), cause=event.get("cause"), detail=event.get("detail")
         )
-    name = event.get("run_id")
     found = RunFolder(folder.runs_dir / name) if name else keys.run_of(folder.runs_dir, run.key)
     if found is None:
         return BatchRow(run=run, state=waiting)
