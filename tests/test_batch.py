@@ -15,6 +15,7 @@ import pytest
 from conftest import Project
 from hypothesis import given
 from hypothesis import strategies as st
+from test_agreement import at_terminal, log, strict  # noqa: F401
 from test_magics import Kernel, kernel, loaded  # noqa: F401
 
 import grd
@@ -349,3 +350,24 @@ def test_forced_runs_run_again_and_the_notebook_is_the_one_that_was_submitted(he
     here.notebook("score.ipynb", "raise SystemExit('not this one')", parameters=PARAMETERS)
     (here.path / "go").touch()
     assert here.grd("batch", "wait", "last", "--json").json["counts"] == {"completed": 2}
+
+
+@pytest.mark.faults
+def test_a_person_agrees_to_the_whole_batch_once_and_that_is_its_grant(strict: Project) -> None:  # noqa: F811
+    (strict.path / "long.yaml").write_text("notebook: train.ipynb\ngrid: {epochs: [1, 2]}\ntimeout: 20m\n")
+    declined = at_terminal(strict, "batch", "long.yaml", typed="n\n")
+    assert declined.code == 77, declined.err
+    assert "20m for each run and 40m for all of them together" in declined.err
+    assert not strict.runs_dir.exists()
+    done = at_terminal(strict, "batch", "long.yaml", "--json", typed="y\n")
+    assert done.code == 0, done.err
+    granted = next(entry for entry in log(strict) if entry["kind"] == "granted")
+    assert granted["scope"] == {"kind": "batch", "value": done.json["batch_id"]}
+    assert (granted["per_run"], granted["total"]) == (1200, 2400)
+    assert granted["grant"] == done.json["grant"]
+    for row in done.json["runs"]:
+        budget = strict.record(strict.runs_dir / row["run_id"])["budget"]
+        assert (budget["agreed"], budget["grant"], budget["seconds"]) == ("grant", granted["grant"], 1200)
+    assert [entry["kind"] for entry in log(strict)].count("used") == 2
+    # What was granted for one batch is nobody else's.
+    assert strict.grd("sweep", "train.ipynb", "-g", "epochs", "3", "--timeout", "20m").code == 77

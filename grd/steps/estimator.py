@@ -56,21 +56,28 @@ class Estimator:
         self._looked: float | None = None
         self._past: list[PastRun] = []
         self._speed: float | None = None
+        self._profile: Mapping[str, Any] | None = None
 
     def estimate(self, request: Request) -> Before:
         """The estimate of a checked request."""
-        from grd.hardware import capture_hardware_profile
-
         now = time.monotonic()
         if self._looked is None or now - self._looked > self._fresh_seconds:
             self._looked, self._past, self._speed = now, read_past(self._runs_dir), machine_speed()
+            self._profile = None
         return estimate_before(
             job_of(request),
             self._runs_dir,
             speed=self._speed,
-            profile=capture_hardware_profile,
+            profile=self._hardware,
             past=self._past,
         )
+
+    def _hardware(self) -> Mapping[str, Any]:
+        from grd.hardware import capture_hardware_profile
+
+        if self._profile is None:
+            self._profile = capture_hardware_profile()
+        return self._profile
 
 
 def job_of(request: Request) -> Job:
