@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from grd import contract
 from grd.agreement.book import LONGEST_GRANT_SECONDS, Book
 from grd.agreement.grants import BATCH, DECLINED, Place, Scope
 from grd.agreement.person import identity, who_can_answer
-from grd.batch.plan import Plan
+from grd.batch.plan import Plan, PlannedRun
 from grd.errors import ApprovalRequired, GrdError
 from grd.settings import Settings, format_duration, parse_duration
 from grd.steps.agreeing import ASK_AGAIN, Wanted, agree
@@ -56,26 +56,26 @@ BatchAsker = Callable[[BatchQuestion], str]
 """Gets a question, returns what the person typed: y, c, n, or a time for each run."""
 
 
-def estimate_total(plan: Plan, runs_dir: Path) -> Total:
-    """The estimates of a plan's runs, together. Takes some tenths of a second."""
-    step = max(1, -(-len(plan.runs) // MOST_ESTIMATED))
-    looked_at = plan.runs[::step]
+def estimate_total(plan: Plan, runs: Sequence[PlannedRun], runs_dir: Path) -> Total:
+    """The estimates of ``runs`` of a plan, together. Takes some tenths of a second."""
+    step = max(1, -(-len(runs) // MOST_ESTIMATED))
+    looked_at = runs[::step]
     estimator = Estimator(runs_dir)
     found = [estimator.estimate(plan.request(run)).estimate for run in looked_at]
     known = [each for each in found if each.seconds is not None and each.high is not None]
-    share = len(plan.runs) / len(looked_at)
+    share = len(runs) / max(1, len(looked_at))
     if not known:
         return Total(
-            runs=len(plan.runs),
-            unknown=len(plan.runs),
+            runs=len(runs),
+            unknown=len(runs),
             seconds=None,
             high=None,
             longest=None,
             basis="no earlier run of these notebooks tells how long they take",
         )
-    basis = known[0].basis if len(looked_at) == len(plan.runs) else f"every {step}th run: {known[0].basis}"
+    basis = known[0].basis if len(looked_at) == len(runs) else f"every {step}th run: {known[0].basis}"
     return Total(
-        runs=len(plan.runs),
+        runs=len(runs),
         unknown=round((len(found) - len(known)) * share),
         seconds=sum(each.seconds or 0.0 for each in known) * share,
         high=sum(each.high or 0.0 for each in known) * share,
@@ -86,6 +86,7 @@ def estimate_total(plan: Plan, runs_dir: Path) -> Total:
 
 def agree_in_advance(
     plan: Plan,
+    runs: Sequence[PlannedRun],
     settings: Settings,
     *,
     batch_id: str,
@@ -96,22 +97,22 @@ def agree_in_advance(
     environment: Mapping[str, str] = os.environ,
     book: Book | None = None,
 ) -> str | None:
-    """See that every run may start as it will be started later: with nobody there. Returns the id of the
-    grant that a person has given for the batch, where one was needed.
+    """See that each of ``runs`` may start as it will be started later: with nobody there. Returns the id of
+    the grant that a person has given for the batch, where one was needed.
 
     ``typed``: the limits were typed with this very command. Raises ApprovalRequired.
     """
     book = book or Book()
     who = who_can_answer(environment)
     try:
-        alone = _agree_alone(plan, settings, project, batch_id, environment, book)
+        alone = _agree_alone(runs, settings, project, batch_id, environment, book)
     except ApprovalRequired:
         if who is None:
             raise
-        per_run = max(_limit(run.timeout, run.budget) or settings.default_timeout for run in plan.runs)
-        in_all = sum(_limit(run.timeout, run.budget) or settings.default_timeout for run in plan.runs)
+        per_run = max(_limit(run.timeout, run.budget) or settings.default_timeout for run in runs)
+        in_all = sum(_limit(run.timeout, run.budget) or settings.default_timeout for run in runs)
         if not typed:
-            total = estimate_total(plan, runs_dir)
+            total = estimate_total(plan, runs, runs_dir)
             question = BatchQuestion(
                 total=total, jobs=plan.options.jobs, per_run=per_run, in_all=in_all, otherwise=None
             )
@@ -119,7 +120,7 @@ def agree_in_advance(
         return _grant(book, batch_id, per_run, in_all, who)
     if who is None or asker is None or not alone:
         return None
-    total = estimate_total(plan, runs_dir)
+    total = estimate_total(plan, runs, runs_dir)
     threshold = settings.long_running_threshold
     if total.high is None or total.longest is None or max(total.high, total.longest) <= threshold:
         return None
@@ -136,7 +137,7 @@ def agree_in_advance(
 
 
 def _agree_alone(
-    plan: Plan,
+    runs: Sequence[PlannedRun],
     settings: Settings,
     project: Path,
     batch_id: str,
@@ -145,9 +146,7 @@ def _agree_alone(
 ) -> bool:
     """Whether some run has no more than the default cap. Raises ApprovalRequired as its start would."""
     at_default = False
-    for notebook, timeout, budget in dict.fromkeys(
-        (run.notebook, run.timeout, run.budget) for run in plan.runs
-    ):
+    for notebook, timeout, budget in dict.fromkeys((run.notebook, run.timeout, run.budget) for run in runs):
         wanted = Wanted(
             place=Place(project=str(project), notebook=notebook, batch_id=batch_id),
             timeout=timeout,

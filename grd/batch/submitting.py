@@ -57,8 +57,10 @@ def batch(
     settings, _ = load_settings(root, common)
     name = str(plan.spec.settings.get("name") or _name_of(plan))
     batch_id = records.new_batch_id(name)
+    done = already_completed(plan, place)
     grant = agree_in_advance(
         plan,
+        [run for run in plan.runs if run.index not in done],
         settings,
         batch_id=batch_id,
         project=root,

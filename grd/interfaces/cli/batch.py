@@ -357,7 +357,7 @@ def of_batch(document: dict[str, Any]) -> int:
 def _dry_run(plan: Plan, given: dict[str, Any]) -> Answer:
     place = runs_folder(given["runs_dir"])
     done = submitting.already_completed(plan, place)
-    total = estimate_total(plan, place)
+    total = estimate_total(plan, [run for run in plan.runs if run.index not in done], place)
     runs = [
         {
             "index": run.index,
@@ -386,7 +386,8 @@ def _dry_run(plan: Plan, given: dict[str, Any]) -> Answer:
         notebook = f"{run.notebook.rpartition('/')[2]} " if several else ""
         found = f"  completed: {done[run.index]}" if run.index in done else ""
         lines.append(f"{run.index + 1:>4}  {notebook}{parameters_text(run.parameters)}{found}".rstrip())
-    lines.append(f"{len(runs)} runs, {len(runs) - len(done)} to run; {_told(total)}; nothing was started")
+    left = f"{len(runs) - len(done)} to run: {_told(total)}" if total.runs else "all completed already"
+    lines.append(f"{len(runs)} runs, {left}; nothing was started")
     for warning in plan.warnings:
         say(warning)
     return Answer(document=document, lines=lines, as_json=given["as_json"])
