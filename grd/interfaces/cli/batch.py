@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
@@ -17,6 +16,7 @@ from grd.errors import UsageError
 from grd.interfaces.cli import exit_codes
 from grd.interfaces.cli.answer import Answer, AnsweringCommand, surface
 from grd.interfaces.cli.asking import read_answer
+from grd.interfaces.cli.batch_options import follow_options, json_option, runs_dir_option, spec_options
 from grd.interfaces.cli.batch_progress import BatchPrinter
 from grd.interfaces.cli.completion import batch_argument, complete_notebooks
 from grd.interfaces.cli.rendering import say
@@ -24,74 +24,8 @@ from grd.interfaces.cli.research import gather, parameter_options
 from grd.settings import format_duration, parse_duration
 from grd.steps.run import runs_folder
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-
 PROMPT = "y (yes, all of it), c (each capped), n (no), or a time for each run such as 2h: "
 PROMPT_WITHOUT_CAP = "y (yes, all of it), n (no), or a time for each run such as 2h: "
-
-_runs_dir = click.option("--runs-dir", metavar="DIR", help="Where the runs lie. Default: experiments/.")
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
-def _follow_options(command: Command) -> Command:
-    for option in (
-        click.option(
-            "--wait/--detach",
-            default=None,
-            help="Follow the batch to its end, or just start it. Default: --wait, in %grd --detach.",
-        ),
-        click.option("-q", "--quiet", is_flag=True, help="No progress on stderr."),
-        click.option("--json", "as_json", is_flag=True, help="Print the batch as JSON (schema grd.batch/1)."),
-        _runs_dir,
-    ):
-        command = option(command)
-    return command
-
-
-def _spec_options(command: Command) -> Command:
-    for option in (
-        click.option("--dry-run", is_flag=True, help="Check everything and list the runs; start nothing."),
-        click.option("--force", is_flag=True, help="Run also what is completed already."),
-        click.option(
-            "--fail-fast/--keep-going",
-            default=None,
-            help="Start no more runs once one has failed. Default: --keep-going.",
-        ),
-        click.option("--name", metavar="NAME", help="Part of the ids of the batch and its runs."),
-        click.option("--kernel", metavar="NAME", help="Kernel to use. Default: the one the notebook names."),
-        click.option(
-            "--input",
-            "inputs",
-            multiple=True,
-            metavar="PATH",
-            help="A file or folder the runs read: if it changes, they are other runs.",
-        ),
-        click.option("--max-output", metavar="SIZE", help="Output that each notebook keeps. Default: 100MB."),
-        click.option(
-            "--start-timeout",
-            metavar="TIME",
-            help="Time for a kernel to answer. Default: 1m.",
-        ),
-        click.option(
-            "--grace", metavar="TIME", help="From a stop request to the kill, time to save. Default: 30s."
-        ),
-        click.option("--budget", metavar="TIME", help="Cap on all attempts of one run together."),
-        click.option(
-            "--timeout",
-            metavar="TIME",
-            help="Cap on one attempt of one run. Without it and without --budget each run gets 10m in all.",
-        ),
-        click.option("--memory", metavar="SIZE", help="What one run needs: no more are under way than fit."),
-        click.option(
-            "-j",
-            "--jobs",
-            type=click.IntRange(1),
-            metavar="N",
-            help="So many at once, at most one for each usable core. Default: one for each.",
-        ),
-    ):
-        command = option(command)
-    return command
 
 
 class BatchGroup(click.Group):
@@ -117,9 +51,9 @@ def batch() -> None:
 @batch.command(cls=AnsweringCommand)
 @click.argument("spec", type=click.Path())
 @click.option("--notebook", metavar="NB", help="The notebook, for a SPEC that has parameters only (CSV).")
-@_spec_options
+@spec_options
 @parameter_options
-@_follow_options
+@follow_options
 def start(spec: str, notebook: str | None, **given: Any) -> Answer:
     """Run the batch in SPEC, a YAML or JSON file, or a CSV with --notebook.
 
@@ -163,9 +97,9 @@ def start(spec: str, notebook: str | None, **given: Any) -> Answer:
     help="The same, but all -z side by side.",
 )
 @click.option("--file", metavar="FILE", help="Rows of parameters: CSV, YAML or JSON.")
-@_spec_options
+@spec_options
 @parameter_options
-@_follow_options
+@follow_options
 def sweep(
     notebook: str,
     grid: tuple[tuple[str, str], ...],
@@ -196,8 +130,8 @@ def sweep(
 @batch.command("status", cls=AnsweringCommand)
 @batch_argument(default="last")
 @click.option("--csv", "as_csv", is_flag=True, help="Print the table as CSV.")
-@_runs_dir
-@_json
+@runs_dir_option
+@json_option
 def status(batch: str, as_csv: bool, runs_dir: str | None, as_json: bool) -> Answer:
     """The runs of BATCH (default: the last) with parameters, states, causes, times, metrics."""
     if as_csv and as_json:
@@ -210,8 +144,8 @@ def status(batch: str, as_csv: bool, runs_dir: str | None, as_json: bool) -> Ans
 
 
 @batch.command("list", cls=AnsweringCommand)
-@_runs_dir
-@_json
+@runs_dir_option
+@json_option
 def list_batches(runs_dir: str | None, as_json: bool) -> Answer:
     """This project's batches, newest first."""
     place = runs_folder(runs_dir)
@@ -236,8 +170,8 @@ def list_batches(runs_dir: str | None, as_json: bool) -> Answer:
 @batch_argument(default="last")
 @click.option("--timeout", metavar="TIME", help="At most so long, such as 540 or 9m; then exit 124.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
-@_runs_dir
-@_json
+@runs_dir_option
+@json_option
 def wait(batch: str, timeout: str | None, quiet: bool, runs_dir: str | None, as_json: bool) -> Answer:
     """Wait until BATCH has ended. Exit code: that of the batch; 124 if the time ran out and it goes on."""
     try:
@@ -256,8 +190,8 @@ def wait(batch: str, timeout: str | None, quiet: bool, runs_dir: str | None, as_
 @batch_argument()
 @click.option("--now", is_flag=True, help="Kill its runs at once, without time to save.")
 @click.option("--no-wait", is_flag=True, help="Return once the request is left.")
-@_runs_dir
-@_json
+@runs_dir_option
+@json_option
 def stop(batch: str, now: bool, no_wait: bool, runs_dir: str | None, as_json: bool) -> Answer:
     """Start no more runs of BATCH, and ask those under way to save and stop. It can be resumed later."""
     found = looking.batch_status(batch, runs_dir=runs_dir)
@@ -271,7 +205,7 @@ def stop(batch: str, now: bool, no_wait: bool, runs_dir: str | None, as_json: bo
 @batch_argument()
 @click.option("--failed", is_flag=True, help="Take up failed runs again too.")
 @click.option("-j", "--jobs", type=click.IntRange(1), metavar="N", help="Another number at once.")
-@_follow_options
+@follow_options
 def resume(
     batch: str,
     failed: bool,
