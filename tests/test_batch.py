@@ -303,9 +303,9 @@ def test_the_package_is_the_function_whatever_is_imported_first(here: Project) -
 @pytest.mark.faults
 def test_the_magic_sweeps_and_answers_with_the_batch(loaded: Kernel, here: Project) -> None:  # noqa: F811
     assert loaded.type("plan = %grd sweep score.ipynb -g seed 1..2 --dry-run").ok
-    assert loaded.value("plan['total']") == "2"
+    assert loaded.value("plan['total']") == 2
     assert loaded.type("b = %grd sweep score.ipynb -g seed 5 --wait").ok
-    assert loaded.value("b.state, len(b.runs)") == "('completed', 1)"
+    assert loaded.value("[b.state, len(b.runs)]") == ["completed", 1]
     shown = loaded.type("b")
     assert shown.ok
     wrong = loaded.type("%grd sweep score.ipynb -g sede 1")
