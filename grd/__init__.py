@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "ContinuousResearchLoop": "grd.batch.loop",
+    "Batch": "grd.batch.looking",
     "GrdError": "grd.errors",
     "Run": "grd.steps.run",
     "allocate_gpu": "grd.hardware.own_gpu",
@@ -28,6 +29,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "Batch",
     "ContinuousResearchLoop",
     "GrdError",
     "Run",
@@ -35,6 +37,7 @@ __all__ = [
     "allocate_gpu",
     "aresearch",
     "aresume",
+    "batch",
     "estimate_eda_duration",
     "estimate_training_duration",
     "explore",
@@ -50,7 +53,9 @@ __all__ = [
 
 if TYPE_CHECKING:
     from grd.backoff import retry_on_timeout
+    from grd.batch.looking import Batch
     from grd.batch.loop import ContinuousResearchLoop
+    from grd.batch.submitting import batch
     from grd.errors import GrdError
     from grd.estimation.eda import estimate_eda_duration
     from grd.estimation.training import estimate_training_duration
@@ -66,6 +71,8 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: `import grd` must cost nothing in a notebook or a status call.
+    if name == "batch":
+        return importlib.import_module("grd.batch")  # the package itself can be called
     if name in _PUBLIC:
         value = getattr(importlib.import_module(_PUBLIC[name]), name)
         globals()[name] = value

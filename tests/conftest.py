@@ -152,7 +152,11 @@ class Project:
         """All run folders, oldest first; staging folders would be a bug and are listed too."""
         if not self.runs_dir.is_dir():
             return []
-        return sorted(path for path in self.runs_dir.iterdir() if path.is_dir() and path.name != ".keys")
+        return sorted(
+            path
+            for path in self.runs_dir.iterdir()
+            if path.is_dir() and path.name not in (".keys", "batches")
+        )
 
     def only_run(self) -> Path:
         """The folder of the only run."""

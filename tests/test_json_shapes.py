@@ -96,6 +96,25 @@ def test_every_command_prints_the_documented_fields(project: Project) -> None:
         assert event["kind"] == "note" or f"`{event['kind']}` (" in PAGE.read_text()
 
 
+def test_batches_print_the_documented_fields(project: Project) -> None:
+    project.notebook("one.ipynb", "1", parameters=PARAMETERS)
+    plan = project.grd("sweep", "one.ipynb", "-g", "epochs", "1", "--dry-run", "--json").json
+    check(plan, "grd.batch-plan/1")
+    assert set(plan["runs"][0]) == {
+        "index", "notebook", "parameters", "timeout", "budget", "key", "completed_run",
+    }  # fmt: skip
+    ended = project.grd("sweep", "one.ipynb", "-g", "epochs", "1", "--json")
+    check(ended.json, "grd.batch/1")
+    assert set(ended.json["runs"][0]) == documented("batch run")
+    page = PAGE.read_text()
+    for line in ended.err.splitlines():
+        if line.startswith("{"):
+            assert all(f"`{name}`" in page for name in json.loads(line)), line
+    listed = project.grd("batch", "list", "--json").json
+    check(listed, "grd.batch-list/1")
+    assert set(listed["batches"][0]) == documented("grd.batch/1") - {"runs"}
+
+
 def test_the_commands_for_other_tools_print_the_documented_fields(project: Project, tmp_path: Path) -> None:
     notebook = project.notebook("plain.ipynb", "1")
     check(project.grd("recover", notebook, "--json").json, "grd.recover/1")

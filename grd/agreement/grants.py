@@ -15,14 +15,14 @@ GRANTED, DECLINED, TYPED, RESERVED, USED, REVOKED = (
 )  # fmt: skip
 RESTARTED = "restarted"
 
-RUN, NOTEBOOK, PROJECT, EVERYWHERE = "run", "notebook", "project", "everywhere"
-SCOPES = (RUN, NOTEBOOK, PROJECT, EVERYWHERE)
+RUN, BATCH, NOTEBOOK, PROJECT, EVERYWHERE = "run", "batch", "notebook", "project", "everywhere"
+SCOPES = (RUN, BATCH, NOTEBOOK, PROJECT, EVERYWHERE)
 """Narrowest first: of the grants that cover a run the narrowest is used."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scope:
-    """What a grant is for: a run id, a notebook's path, a project's folder, or everything of this user."""
+    """What a grant is for: a run's or a batch's id, a notebook's path, a project's folder, or everything."""
 
     kind: str
     value: str = ""
@@ -31,6 +31,8 @@ class Scope:
         """Whether a run at ``place`` is within it."""
         if self.kind == RUN:
             return self.value == place.run_id
+        if self.kind == BATCH:
+            return self.value == place.batch_id
         if self.kind == NOTEBOOK:
             return self.value == place.notebook
         if self.kind == PROJECT:
@@ -43,11 +45,13 @@ class Scope:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Which run wants time: its id where it has one, its notebook and its project (absolute paths)."""
+    """Which run wants time: its id where it has one, its batch's where it is of one, its notebook and its
+    project (absolute paths)."""
 
     project: str
     notebook: str
     run_id: str | None = None
+    batch_id: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,13 +82,17 @@ def estimate_before(
     *,
     speed: float | None = None,
     profile: Callable[[], Mapping[str, Any]] | None = None,
+    past: Sequence[PastRun] | None = None,
 ) -> Before:
     """The estimate of ``job`` by the runs in ``runs_dir``. Starts and writes nothing, and never raises.
+
+    ``past`` is what `read_past` has found there, where the caller estimates many jobs.
 
     ``speed`` is `machine_speed` now. ``profile`` gives the hardware profile of this machine; it is asked
     only if there are runs to compare with, for that takes a tenth of a second.
     """
-    past = read_past(runs_dir)
+    if past is None:
+        past = read_past(runs_dir)
     alike = history.most_alike(job, past)
     fingerprint, machines = None, {}
     if alike and profile is not None:

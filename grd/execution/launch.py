@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 
 from grd import contract
 from grd.errors import RunBusy
@@ -73,17 +74,22 @@ def ensure_retrier(folder: RunFolder) -> None:
             os.close(lock)
 
 
-def start_runner(folder: RunFolder, attempt: int, lock: int) -> subprocess.Popen[bytes]:
+def start_runner(
+    folder: RunFolder, attempt: int, lock: int, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
     """Start the runner of ``attempt`` and hand it ``lock``, which is closed here.
+
+    ``environment`` has variables for runner and kernel besides those of this process.
 
     The runner survives the caller and its whole process group. A notebook that starts runs of its own does
     not pass its own identity on: they are runs in their own right.
     """
     paths = folder.attempt(attempt)
     paths.path.mkdir(parents=True, exist_ok=True)
-    environment = {k: v for k, v in os.environ.items() if k not in contract.KERNEL_ENVIRONMENT}
-    environment["PYTHONUNBUFFERED"] = "1"
-    environment[contract.ENV_RUNNER] = folder.run_id
+    variables = {k: v for k, v in os.environ.items() if k not in contract.KERNEL_ENVIRONMENT}
+    variables |= environment or {}
+    variables["PYTHONUNBUFFERED"] = "1"
+    variables[contract.ENV_RUNNER] = folder.run_id
     # -P: a file of the working folder must not shadow a module of ours.
     command = [sys.executable, "-P", "-m", "grd.execution.runner", str(folder.path), str(attempt), str(lock)]
     os.set_inheritable(lock, True)
@@ -94,7 +100,7 @@ def start_runner(folder: RunFolder, attempt: int, lock: int) -> subprocess.Popen
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=variables,
                 pass_fds=(lock,),
                 start_new_session=True,
                 cwd=str(folder.path),

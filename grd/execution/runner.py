@@ -30,6 +30,7 @@ from grd.execution.slow_imports import import_jsonschema
 from grd.execution.stopping import Stopper
 from grd.files import atomic_write, read_json, write_json
 from grd.runs import handover, last_word, leftovers, reserve, retry, store
+from grd.runs.batch_folder import BATCHES, BatchFolder
 from grd.runs.events import Digest, EventLog, view_of
 from grd.runs.folder import RunFolder, process_marker
 from grd.runs.liveness import HEARTBEAT_SECONDS
@@ -153,9 +154,16 @@ class Runner:
         self._tell_state_page()
 
     def _tell_state_page(self) -> None:
-        """The project's page is a courtesy: that it cannot be written never harms the run."""
+        """The project's page is a courtesy: that it cannot be written never harms the run.
+
+        Of many runs their coordinator tells, as long as it lives.
+        """
+        runs_dir = self.folder.path.parent
+        batch = self.record.batch
+        if batch is not None and BatchFolder(runs_dir / BATCHES / str(batch.get("id"))).has_coordinator():
+            return
         try:
-            handover.write_state_page(self.folder.path.parent)
+            handover.write_state_page(runs_dir)
         except (OSError, GrdError) as error:
             _log(f"STATE.md was left as it is: {error}")
 

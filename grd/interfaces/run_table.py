@@ -13,7 +13,7 @@ from grd.runs.folder import RunFolder
 from grd.runs.model import RunRecord
 from grd.steps.run import Run
 
-_COLUMNS = ("RUN", "STATE", "CAUSE", "STARTED", "METRICS")
+_COLUMNS = ("RUN", "STATE", "CAUSE", "STARTED", "METRICS", "BATCH")
 
 
 class RunTable(Sequence[Run]):
@@ -72,14 +72,20 @@ class RunTable(Sequence[Run]):
         if not self._entries:
             return [f"no runs in {self.runs_dir}; start one: grd research NOTEBOOK"]
         width = max(len(record.run_id) for record in self._records)
-        shown = [_COLUMNS, *map(_cells, self._records)]
-        lines = [
-            f"{run:<{width}}  {state:<11}  {cause:<17}  {started:<19}  {metrics}".rstrip()
-            for run, state, cause, started, metrics in shown
-        ]
+        shown = self._shown()
+        metrics_width = max(len(cells[4]) for cells in shown)
+        lines = []
+        for run, state, cause, started, metrics, *batch in shown:
+            last = f"{metrics:<{metrics_width}}  {batch[0]}" if batch else metrics
+            lines.append(f"{run:<{width}}  {state:<11}  {cause:<17}  {started:<19}  {last}".rstrip())
         if self.total > len(self):
             lines.append(f"... {self.total - len(self)} more; --limit shows them")
         return lines
+
+    def _shown(self) -> list[tuple[str, ...]]:
+        """Head line and cells; where no run is of a batch, nobody needs that column."""
+        rows: list[tuple[str, ...]] = [_COLUMNS, *map(_cells, self._records)]
+        return rows if any(record.batch for record in self._records) else [cells[:-1] for cells in rows]
 
     def __repr__(self) -> str:
         return f"<RunTable of {len(self)} of {self.total} runs in {self.runs_dir}>"
@@ -94,10 +100,11 @@ class RunTable(Sequence[Run]):
         def line(tag: str, cells: Sequence[str]) -> str:
             return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-        body = "".join(line("td", _cells(record)) for record in self._records)
+        columns, *rows = self._shown()
+        body = "".join(line("td", cells) for cells in rows)
         left_out = self.total - len(self)
         more = f"<p>{left_out} more; <code>--limit</code> shows them</p>" if left_out > 0 else ""
-        return f"<table><thead>{line('th', _COLUMNS)}</thead><tbody>{body}</tbody></table>{more}"
+        return f"<table><thead>{line('th', columns)}</thead><tbody>{body}</tbody></table>{more}"
 
 
 def row(record: RunRecord) -> dict[str, Any]:
@@ -113,11 +120,12 @@ def row(record: RunRecord) -> dict[str, Any]:
         "started_at",
         "ended_at",
     )
-    more = ("parameters", "metrics", "progress", "checkpoint", "resume_command", "folder")
+    more = ("parameters", "metrics", "progress", "checkpoint", "resume_command", "batch", "folder")
     told = {name: getattr(record, name) for name in (*names, *more)}
     return {**told, "retry": retry.shown(RunFolder(Path(record.folder)), record)}
 
 
-def _cells(record: RunRecord) -> tuple[str, str, str, str, str]:
+def _cells(record: RunRecord) -> tuple[str, ...]:
     metrics = " ".join(f"{name}={format_number(value)}" for name, value in record.metrics.items())
-    return record.run_id, record.state, record.cause or "-", local_time(record.started_at), metrics
+    batch = str((record.batch or {}).get("id") or "-")
+    return record.run_id, record.state, record.cause or "-", local_time(record.started_at), metrics, batch

@@ -191,6 +191,11 @@ def new_run_id(name: str, now: datetime | None = None) -> str:
     return f"{moment}-{slug}-{secrets.token_hex(2)}"
 
 
+def staging_of(run: Path) -> Path:
+    """Where a run's folder is made before it gets its name."""
+    return run.with_name(f".new-{run.name}")
+
+
 def run_folders(runs_dir: Path) -> Iterator[RunFolder]:
     """The runs in ``runs_dir``, newest first; folders without a record are no runs."""
     try:

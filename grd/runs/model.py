@@ -121,6 +121,8 @@ class RunRecord:
     (ceilings of the pauses, s), notebook_errors (whether those are retried); None if it is not."""
     on_end: str | None = None
     """Shell command the runner executes at the end of each attempt, or None."""
+    batch: dict[str, Any] | None = None
+    """id of the batch and the run's index in it (from 0), or None."""
     folder: str
     grd_version: str = ""
     attempts: list[Attempt] = field(default_factory=list)

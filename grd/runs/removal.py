@@ -14,6 +14,7 @@ from grd import contract
 from grd.errors import ConfigurationError, RunBusy, RunNotFound
 from grd.files import read_json, take_lock
 from grd.runs import leftovers, retry, store
+from grd.runs.batch_folder import BATCHES
 from grd.runs.folder import RunFolder, run_folders
 from grd.runs.handover import PAGE_LOCK, half_written_pages
 from grd.runs.recovery import current_record, guardian_is_at_work
@@ -80,13 +81,21 @@ def collect_garbage(runs_dir: Path, *, dry_run: bool) -> Iterator[Removed]:
 def _abandoned(runs_dir: Path) -> Iterator[tuple[Path, str]]:
     for path in sorted(runs_dir.glob(".trash-*")):
         yield path, "half-deleted run"
-    for path in sorted(runs_dir.glob(".new-*")):
+    for path in sorted([*runs_dir.glob(".new-*"), *runs_dir.glob(f"{BATCHES}/.new-*")]):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
                 yield path, "start that never came to be"
     for path in sorted((runs_dir / ".keys").glob("*")):
-        if path.suffix != ".lock" and not RunFolder(runs_dir / path.read_text().strip()).record.exists():
-            yield path, "key of a deleted run"
+        if path.suffix == ".lock" or path.name.startswith("."):
+            continue
+        lock = take_lock(path.with_name(f"{path.name}.lock"))
+        if lock is None:
+            continue  # a run is being started with it: the key is there before the run is
+        try:
+            if not RunFolder(runs_dir / path.read_text().strip()).record.exists():
+                yield path, "key of a deleted run"
+        finally:
+            os.close(lock)
 
 
 def _half_written_pages(runs_dir: Path, dry_run: bool) -> Iterator[Removed]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grd.estimation.before import Before, code_sha256, estimate_before
+from grd.estimation.before import Before, code_sha256, estimate_before, read_past
 from grd.estimation.estimate import Estimate
-from grd.estimation.history import Job
+from grd.estimation.history import Job, PastRun
 from grd.estimation.speed import machine_speed
 from grd.settings import find_project_root, load_settings
 from grd.steps.request import Request, check
@@ -42,17 +43,53 @@ class Estimated:
 
 def estimate_request(request: Request, runs_dir: Path) -> Before:
     """The estimate of a checked request by the runs in ``runs_dir``; takes two tenths of a second."""
-    from grd.hardware import capture_hardware_profile
+    return Estimator(runs_dir).estimate(request)
 
+
+class Estimator:
+    """Estimates by the runs in one folder, for many requests: runs and the machine's speed are looked at anew
+    when what is known of them is older than ``fresh_seconds``."""
+
+    def __init__(self, runs_dir: Path, fresh_seconds: float = 60.0) -> None:
+        self._runs_dir = runs_dir
+        self._fresh_seconds = fresh_seconds
+        self._looked: float | None = None
+        self._past: list[PastRun] = []
+        self._speed: float | None = None
+        self._profile: Mapping[str, Any] | None = None
+
+    def estimate(self, request: Request) -> Before:
+        """The estimate of a checked request."""
+        now = time.monotonic()
+        if self._looked is None or now - self._looked > self._fresh_seconds:
+            self._looked, self._past, self._speed = now, read_past(self._runs_dir), machine_speed()
+            self._profile = None
+        return estimate_before(
+            job_of(request),
+            self._runs_dir,
+            speed=self._speed,
+            profile=self._hardware,
+            past=self._past,
+        )
+
+    def _hardware(self) -> Mapping[str, Any]:
+        from grd.hardware import capture_hardware_profile
+
+        if self._profile is None:
+            self._profile = capture_hardware_profile()
+        return self._profile
+
+
+def job_of(request: Request) -> Job:
+    """What is to be estimated."""
     declared = request.cell.declared.values()
-    job = Job(
+    return Job(
         notebook=request.source.location,
         sha256=request.source.sha256,
         code_sha256=code_sha256(request.source.notebook),
         defaults={each.name: each.default for each in declared if each.default is not ...},
         parameters=request.parameters,
     )
-    return estimate_before(job, runs_dir, speed=machine_speed(), profile=capture_hardware_profile)
 
 
 def estimate_notebook(

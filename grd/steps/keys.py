@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Literal
 from grd import contract
 from grd.errors import ResourceUnavailable, UsageError
 from grd.files import atomic_write, take_lock
-from grd.runs.folder import RunFolder
+from grd.runs.folder import RunFolder, is_run_id, staging_of
 
 LOCK_WAIT_SECONDS = 30.0
 """A start takes about a second; whoever calls at the same moment waits for it and then attaches."""
@@ -29,16 +30,39 @@ class Slot:
     path: Path
 
     def run(self) -> RunFolder | None:
-        """The run that has this key; None if there is none, or it was removed."""
-        try:
-            folder = RunFolder(self.runs_dir / self.path.read_text(encoding="utf-8").strip())
-        except OSError:
-            return None
-        return folder if folder.record.exists() else None
+        """The run that has this key; None if there is none, or it was removed.
+
+        One that was being made by somebody who was killed never came to be: what there is of it is swept.
+        """
+        found = _run_in(self.runs_dir, self.path)
+        if found is None:
+            with contextlib.suppress(OSError):
+                name = self.path.read_text(encoding="utf-8").strip()
+                if is_run_id(name):
+                    shutil.rmtree(staging_of(self.runs_dir / name), ignore_errors=True)
+        return found
 
     def assign(self, folder: RunFolder) -> None:
         """Give the key to ``folder``."""
         atomic_write(self.path, folder.run_id + "\n")
+
+
+def run_of(runs_dir: Path, key: str) -> RunFolder | None:
+    """The run that has ``key`` at this moment, for those who only look."""
+    return _run_in(runs_dir, runs_dir / ".keys" / _name_of(key))
+
+
+def _run_in(runs_dir: Path, slot: Path) -> RunFolder | None:
+    try:
+        name = slot.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    folder = RunFolder(runs_dir / name)
+    return folder if name and folder.record.exists() else None
+
+
+def _name_of(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
 @contextlib.contextmanager
@@ -51,7 +75,7 @@ def held(runs_dir: Path, key: str) -> Iterator[Slot]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"no run folder can be made in {runs_dir}: {error.strerror or error}") from None
-    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    name = _name_of(key)
     lock = take_lock(folder / f"{name}.lock", wait_seconds=LOCK_WAIT_SECONDS)
     if lock is None:
         raise ResourceUnavailable(

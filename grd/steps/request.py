@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +42,25 @@ class Request:
         """What the notebook's own parameters are where nobody gives them."""
         return defaults_of(self.cell)
 
+    def given(self, parameters: Mapping[str, Any], *, allow_unknown: bool = False) -> Request:
+        """The same notebook with ``parameters``, checked. Raises ParameterError."""
+        resolved = resolve(parameters, self.cell, allow_unknown=allow_unknown)
+        check_language(self.kernel, resolved, self.cell)
+        return replace(self, parameters=resolved, warnings=list(self.warnings))
+
 
 def check(
     notebook: str, parameters: Mapping[str, Any], *, kernel: str | None = None, allow_unknown: bool = False
 ) -> Request:
     """Read a notebook and check everything about running it. Raises as `research` does."""
-    source = read_notebook(notebook)
+    return open_request(read_notebook(notebook), kernel).given(parameters, allow_unknown=allow_unknown)
+
+
+def open_request(source: Source, kernel: str | None = None) -> Request:
+    """What a notebook that was read asks for, with no parameters yet. Raises as `research` does."""
     found = find_kernel(source.notebook, kernel)
     cell = read_parameters_cell(source.notebook, found.language or "python")
-    resolved = resolve(parameters, cell, allow_unknown=allow_unknown)
-    check_language(found, resolved, cell)
-    return Request(source, found, cell, resolved, adoption_warnings(cell))
+    return Request(source, found, cell, {}, adoption_warnings(cell))
 
 
 def check_language(kernel: Kernel, parameters: Mapping[str, Any], cell: ParametersCell) -> None:

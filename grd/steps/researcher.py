@@ -6,26 +6,21 @@ Everything that can be wrong with the request is found before a kernel or a run 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import grd
 from grd import contract
 from grd.agreement.grants import Place
 from grd.errors import UsageError
-from grd.execution.launch import acquire
-from grd.files import atomic_write, write_json
-from grd.runs import recovery, reserve, retry
-from grd.runs.folder import RunFolder, new_run_id
-from grd.runs.model import Attempt, RunRecord, now_iso
-from grd.settings import Settings, find_project_root, load_settings
+from grd.runs import recovery, retry
+from grd.runs.folder import RunFolder
+from grd.settings import find_project_root, load_settings
 from grd.steps import keys
-from grd.steps.agreeing import Agreed, Answered, Asker, Wanted, agree, cap_of, give_back
+from grd.steps.agreeing import Answered, Asker, Wanted, agree
+from grd.steps.creating import NewRun, create_run
 from grd.steps.estimator import estimate_request
 from grd.steps.request import (
-    Limits,
     Request,
     check,
     mlflow_of_settings,
@@ -104,7 +99,7 @@ def research(
     retried = read_retry(max_attempts, retry_errors, settings)
     place = runs_folder(runs_dir)
 
-    def create() -> Started:
+    def create(on_named: Callable[[RunFolder], None] | None = None) -> Started:
         devices = read_gpus(gpus, gpu_pool, settings)
         before = estimate_request(request, place)
         agreed = agree(
@@ -119,21 +114,23 @@ def research(
             settings,
             asker=ask,
         )
-        folder, lock = _create(
-            request,
-            settings,
-            limits,
-            agreed,
-            before.to_record(),
-            place,
-            name,
-            checkpoint_dir,
-            key,
-            on_end,
-            tracked,
-            devices,
-            retried,
+        wanted = NewRun(
+            request=request,
+            settings=settings,
+            limits=limits,
+            agreed=agreed,
+            estimate=before.to_record(),
+            runs_dir=place,
+            working_dir=Path.cwd(),
+            name=name,
+            checkpoint_dir=checkpoint_dir,
+            key=key,
+            on_end=on_end,
+            mlflow=tracked,
+            gpus=devices,
+            retry=retried,
         )
+        folder, lock = create_run(wanted, on_named)
         for warning in request.warnings:
             tell(on_note, warning)
         return launch(folder, 1, lock)
@@ -145,8 +142,7 @@ def research(
     with keys.held(place, key) as slot:
         known = slot.run()
         if known is None:
-            started = create()
-            slot.assign(started.folder)
+            started = create(slot.assign)
         else:
             started = _go_on(
                 known, request, key, timeout, budget, grace, start_timeout, max_output, gpus, gpu_pool,
@@ -209,114 +205,3 @@ def _go_on(
         retry_errors=retry_errors,
         on_note=on_note,
     )
-
-
-def _reserve(runs_dir: Path, name: str) -> tuple[RunFolder, RunFolder]:
-    """A run folder that nobody else has or will take, and the one it is made in, which exists then."""
-    while True:
-        run_id = new_run_id(name)
-        folder, staging = RunFolder(runs_dir / run_id), RunFolder(runs_dir / f".new-{run_id}")
-        try:
-            staging.path.mkdir(parents=True)
-        except FileExistsError:
-            if not runs_dir.is_dir():
-                raise UsageError(f"no run folder can be made in {runs_dir}: it is no folder") from None
-            continue
-        except OSError as error:
-            raise UsageError(f"no run folder can be made in {runs_dir}: {error.strerror or error}") from None
-        # Whoever has the staging folder has the name, until it becomes the run folder; then that is there.
-        if not folder.path.exists():
-            return folder, staging
-        staging.path.rmdir()
-
-
-def _create(
-    request: Request,
-    settings: Settings,
-    limits: Limits,
-    agreed: Agreed,
-    estimate: dict[str, Any],
-    runs_dir: Path,
-    name: str | None,
-    checkpoint_dir: str | Path | None,
-    key: str | None,
-    on_end: str | None,
-    mlflow: dict[str, Any] | None,
-    gpus: dict[str, Any] | None,
-    retried: dict[str, Any] | None,
-) -> tuple[RunFolder, int]:
-    """Make the run folder whole or not at all; returns it with its lock already held.
-
-    The lock is taken before the folder gets its name: there is no moment in which somebody could take the
-    run for one whose runner is gone.
-    """
-    shown_name = name or Path(request.source.location.split("?")[0]).stem
-    elsewhere = Path(checkpoint_dir).expanduser().resolve() if checkpoint_dir else None
-    folder, staging = _reserve(runs_dir, shown_name)
-    run_id = folder.run_id
-    try:
-        cap = cap_of(agreed, folder, 1, 0.0)
-    except BaseException:
-        staging.path.rmdir()
-        raise
-    checkpoints = elsewhere or folder.checkpoints
-    record = RunRecord(
-        run_id=run_id,
-        name=shown_name,
-        notebook=request.source.location,
-        notebook_sha256=request.source.sha256,
-        kernel_name=request.kernel.name,
-        language=request.kernel.language,
-        parameters=request.parameters,
-        declared=request.declared,
-        defaults=request.defaults,
-        working_dir=str(Path.cwd()),
-        checkpoint_dir=str(checkpoints),
-        created_at=now_iso(),
-        timeout=limits.timeout,
-        budget={**agreed.budget(0.0), "typed": limits.budget},
-        grace=settings.grace,
-        max_output=settings.max_output,
-        start_timeout=settings.start_timeout,
-        checkpointing={
-            "max_lost_work": settings.max_lost_work,
-            "checkpoint_budget": settings.checkpoint_budget,
-        },
-        warnings=list(request.warnings),
-        folder=str(folder.path),
-        mlflow=mlflow,
-        gpus=gpus,
-        retry=retried,
-        estimate=estimate,
-        key=key,
-        on_end=on_end,
-        grd_version=grd.__version__,
-        attempts=[
-            Attempt(
-                number=1,
-                lineage=1,
-                resume=False,
-                cap=cap,
-                parameters=dict(request.parameters),
-                notebook_sha256=request.source.sha256,
-            )
-        ],
-    )
-    try:
-        staging.attempt(1).path.mkdir(parents=True)
-        checkpoints_here = staging.checkpoints if checkpoint_dir is None else checkpoints
-        checkpoints_here.mkdir(parents=True, exist_ok=True)
-        atomic_write(staging.input, request.source.text)
-        write_json(staging.record, record.to_dict())
-        reserve.take(staging)
-        lock = acquire(staging)
-        try:
-            staging.path.rename(folder.path)
-        except OSError:
-            os.close(lock)
-            raise
-    except OSError as error:
-        shutil.rmtree(staging.path, ignore_errors=True)
-        give_back(cap, run_id, 1)
-        raise UsageError(f"no run folder can be made in {runs_dir}: {error.strerror or error}") from None
-    return folder, lock

@@ -132,9 +132,11 @@ def resume_folder(
     retrying: bool = False,
     now: bool = False,
     ask: Asker | Answered | None = None,
+    environment: Mapping[str, str] | None = None,
     on_note: OnNote | None,
 ) -> Started:
-    """`resume` of the run in ``folder``, started and not waited for.
+    """`resume` of the run in ``folder``, started and not waited for; ``environment`` is its runner's, besides
+    this process's.
 
     ``retrying`` is for who resumes it by itself: a stop that was asked for meanwhile holds, and attempts go
     on being counted.
@@ -201,7 +203,7 @@ def resume_folder(
                 f"make {folder.path} writable, with space left, then: grd resume {folder.run_id}"
             ) from None
         raise
-    return launch(folder, attempt.number, lock, forget=not retrying)
+    return launch(folder, attempt.number, lock, environment, forget=not retrying)
 
 
 def _await_guardian(folder: RunFolder, now: bool, on_note: OnNote | None) -> None:
@@ -304,7 +306,12 @@ def _agree(folder: RunFolder, record: RunRecord, typed_now: bool, ask: Asker | A
     if budget.get("agreed") == decision.DEFAULT and budget.get("seconds") is not None:
         settings = replace(settings, default_timeout=float(budget["seconds"]))  # as it was at the start
     wanted = Wanted(
-        place=Place(project=str(root), notebook=record.notebook, run_id=folder.run_id),
+        place=Place(
+            project=str(root),
+            notebook=record.notebook,
+            run_id=folder.run_id,
+            batch_id=None if record.batch is None else str(record.batch.get("id")),
+        ),
         timeout=record.timeout,
         budget=typed,
         typed_now=typed_now,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,15 +35,22 @@ def tell(on_note: OnNote | None, text: str) -> None:
         on_note(text)
 
 
-def launch(folder: RunFolder, attempt: int, lock: int, *, forget: bool = True) -> Started:
-    """Start the runner of ``attempt``, which gets ``lock``.
+def launch(
+    folder: RunFolder,
+    attempt: int,
+    lock: int,
+    environment: Mapping[str, str] | None = None,
+    *,
+    forget: bool = True,
+) -> Started:
+    """Start the runner of ``attempt``, which gets ``lock``, and ``environment`` besides this process's.
 
     ``forget`` what stopped the last one: whoever starts this one wants it to run.
     """
     if forget:
         forget_request(folder)
     position = folder.events.stat().st_size if folder.events.exists() else 0
-    return Started(folder, start_runner(folder, attempt, lock), position)
+    return Started(folder, start_runner(folder, attempt, lock, environment), position)
 
 
 def see_to_end(

@@ -16,11 +16,16 @@ def ask(question: Question) -> str:
     """Show what is known and what a yes agrees to; the answer as it was typed, empty at an end of input."""
     for line in lines_of(question):
         say(line)
+    return read_answer(PROMPT)
+
+
+def read_answer(prompt: str) -> str:
+    """What a person types after ``prompt``, empty at an end of input."""
     in_notebook = who_can_answer() == JUPYTER
     if not in_notebook:
-        click.echo(f"grd: {PROMPT}", nl=False, err=True)  # stdout is for data
+        click.echo(f"grd: {prompt}", nl=False, err=True)  # stdout is for data
     try:
-        return str(input(f"grd: {PROMPT}" if in_notebook else ""))
+        return str(input(f"grd: {prompt}" if in_notebook else ""))
     except EOFError:
         click.echo("", err=True)
         return ""

@@ -9,6 +9,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from grd.errors import GrdError
+from grd.runs.batch_folder import batch_folders
 from grd.runs.folder import run_folders
 from grd.steps.run import runs_folder
 
@@ -22,6 +23,22 @@ def run_argument(
             "names", nargs=-1, required=required, metavar="RUN...", shell_complete=complete_runs
         )
     return click.argument("run", required=required, shell_complete=complete_runs)
+
+
+def batch_argument(*, default: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The argument BATCH."""
+    return click.argument("batch", required=default is None, default=default, shell_complete=complete_batches)
+
+
+def complete_batches(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Ids of this project's batches, newest first, then ``last``."""
+    try:
+        names = [folder.batch_id for folder in batch_folders(runs_folder(context.params.get("runs_dir")))]
+    except (GrdError, OSError):
+        return []
+    return [CompletionItem(name) for name in [*names, "last"] if name.startswith(incomplete)]
 
 
 def complete_runs(

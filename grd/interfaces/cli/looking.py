@@ -6,17 +6,19 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
 from grd import contract
-from grd.errors import UsageError
+from grd.errors import GrdError, UsageError
 from grd.files import read_json_lines
 from grd.interfaces.cli.answer import Answer, AnsweringCommand, surface
 from grd.interfaces.cli.completion import run_argument
 from grd.interfaces.cli.rendering import describe_end, format_number, say
 from grd.interfaces.run_table import RunTable, row
 from grd.runs import handover, listing, recovery, retry
+from grd.runs.batch_folder import batch_folders
 from grd.runs.folder import RunFolder, find_run
 from grd.runs.model import RunRecord
 from grd.steps import run as runs
@@ -48,6 +50,7 @@ def status(run: str | None, everything: bool, runs_dir: str | None, as_json: boo
     entries = listing.list_all(folder)
     _tell_of_other_versions([entry.read for entry in entries if entry.read is not None])
     found = handover.overview_of(entries)
+    batches = _open_batches(folder)
     document = {
         "schema": "grd.status/1",
         "runs_dir": str(folder),
@@ -55,17 +58,60 @@ def status(run: str | None, everything: bool, runs_dir: str | None, as_json: boo
         "resumable": [row(record) for record in found.resumable],
         "failed": [row(record) for record in found.failed],
         "completed": found.completed,
+        "batches": batches,
     }
-    if not entries:
+    if not entries and not batches:
         lines = [f"no runs in {folder} yet; start one: grd research NOTEBOOK"]
     else:
         lines = [
             *_section("Running", found.running),
             *_section("Can be resumed", found.resumable),
             *_section("Failed", found.failed),
+            *_batch_section(batches),
             f"{found.completed} completed; see: grd list",
         ]
     return Answer(document=document, lines=lines, as_json=as_json)
+
+
+def _open_batches(runs_dir: Path) -> list[dict[str, Any]]:
+    """Batches under way, and those that can go on, each with the next command. Reads no run's record."""
+    folders = list(batch_folders(runs_dir))
+    if not folders:
+        return []
+    from grd.batch import view  # 0.1 s that projects without batches need not pay
+
+    found = []
+    for folder in folders:
+        try:
+            record = view.current_record(folder)
+        except GrdError:
+            continue
+        if record.state not in (contract.RUNNING, contract.INTERRUPTED):
+            continue
+        verb = "wait" if record.state == contract.RUNNING else "resume"
+        found.append(
+            {
+                "batch_id": record.batch_id,
+                "state": record.state,
+                "cause": record.cause,
+                "detail": record.detail,
+                "total": record.total,
+                "next_command": f"grd batch {verb} {record.batch_id}",
+                "folder": str(folder.path),
+            }
+        )
+    return found
+
+
+def _batch_section(batches: list[dict[str, Any]]) -> list[str]:
+    lines = ["Batches:"] if batches else []
+    for each in batches:
+        because = f" ({each['cause']})" if each["cause"] else ""
+        lines.append(f"  {each['batch_id']}  {each['state']}{because}, {each['total']} runs")
+        if each["detail"]:
+            lines.append(f"      {each['detail']}")
+        lines.append(f"      next: {each['next_command']}")
+    return lines
 
 
 def _one(folder: RunFolder, as_json: bool) -> Answer:

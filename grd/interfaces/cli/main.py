@@ -20,6 +20,8 @@ _COMMANDS = {
     "research": ("grd.interfaces.cli.research", "research", "Run a training notebook that survives."),
     "resume": ("grd.interfaces.cli.research", "resume", "Go on with an interrupted or failed run."),
     "loop": ("grd.interfaces.cli.loop", "loop", "Run a plan of notebooks again and again."),
+    "sweep": ("grd.interfaces.cli.batch", "sweep", "Run a notebook with every combination of parameters."),
+    "batch": ("grd.interfaces.cli.batch", "batch", "Many runs from one spec; steer and show batches."),
     "stop": ("grd.interfaces.cli.steering", "stop", "Ask a run to save and stop."),
     "wait": ("grd.interfaces.cli.steering", "wait", "Wait until runs have ended."),
     "status": ("grd.interfaces.cli.looking", "status", "What a run, or the whole project, is doing."),

@@ -270,6 +270,8 @@ def rows_of(shown: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("metrics", metrics_text(shown["metrics"])))
     if shown.get("checkpoint"):
         rows.append(("checkpoint", f"{_position(shown['checkpoint'])}: {shown['checkpoint'].get('path')}"))
+    if shown.get("batch"):
+        rows.append(("batch", f"{shown['batch']['id']}, its run {shown['batch']['index'] + 1}"))
     rows.append(("folder", str(shown["folder"])))
     if shown.get("cause") == contract.START_FAILED:
         rows.append(("log", str(RunFolder(Path(shown["folder"])).attempt(shown["attempt"]).log)))

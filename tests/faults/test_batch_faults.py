@@ -1,0 +1,244 @@
+"""A batch whose coordinator is killed: whenever that is, nothing is run twice and nothing is forgotten."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from typing import Any
+
+import psutil
+import pytest
+from conftest import Project, wait_until
+
+pytestmark = pytest.mark.faults
+
+PARAMETERS = "seed: int = 0\ntimeout = None\ncheckpoint_dir = ''\nresume = False"
+TOLD = """
+import pathlib, time
+def tell(word):
+    with open("told.txt", "a") as told:
+        told.write(f"{word} {seed}\\n")
+tell("resumed" if resume else "begun")
+"""
+TRAIN = """
+from grd.experiment import training
+state = {"n": 0}
+for epoch in training.epochs(4, state=state, checkpoint_dir=checkpoint_dir, resume=resume):
+    for _ in epoch.steps(range(5)):
+        time.sleep(0.02)
+    if int(epoch) == 1:
+        tell("at 1")
+        while not pathlib.Path("go").exists() and not resume:
+            for _ in epoch.steps(range(1)):
+                time.sleep(0.05)
+    state["n"] += 1
+"""
+DONE = "tell('done')"
+
+STRIKE = '''
+"""A coordinator that kills itself, as kill -9 would, at the chosen moment."""
+import os, signal, sys
+from grd.batch import coordinator, jobs, record
+from grd.steps import keys
+
+moment, folder, lock = sys.argv[1:4]
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def after(owner, name):
+    whole = getattr(owner, name)
+    def wrapped(*a, **k):
+        whole(*a, **k)
+        die()
+    setattr(owner, name, wrapped)
+
+def at_step(step, then):
+    write = record.BatchEvents.write
+    def wrapped(self, kind, **values):
+        if values.get("step") == step and not then:
+            die()
+        write(self, kind, **values)
+        if values.get("step") == step:
+            die()
+    record.BatchEvents.write = wrapped
+
+if moment == "before anything":
+    record.save = die
+elif moment == "before a run is written down":
+    at_step("starting", then=False)
+elif moment == "between writing and start":
+    at_step("starting", then=True)
+elif moment == "when the key has its run":
+    after(keys.Slot, "assign")
+elif moment == "when the folder is there":
+    jobs.launch = die
+elif moment == "when the runner has started":
+    after(jobs, "launch")
+elif moment == "when the start is written down":
+    at_step("started", then=True)
+elif moment == "before an end is written down":
+    at_step("ended", then=False)
+elif moment == "before the end of the batch":
+    coordinator.Coordinator._end = die
+sys.exit(coordinator.main([folder, lock]))
+'''
+
+SUBMIT = """
+import subprocess, sys
+from grd.batch import submitting
+def launch(folder, lock, working_dir):
+    import os
+    os.set_inheritable(lock, True)
+    process = subprocess.Popen(
+        [sys.executable, "strike.py", sys.argv[1], str(folder.path), str(lock)],
+        pass_fds=(lock,), start_new_session=True,
+    )
+    os.close(lock)
+    return process
+submitting.launch_coordinator = launch
+made = submitting.batch(
+    {"notebook": "held.ipynb", "grid": {"seed": [1, 2]}, "jobs": 1}, wait=True
+)
+print(made.id)
+"""
+
+
+def told(project: Project) -> Counter[str]:
+    path = project.path / "told.txt"
+    return Counter(path.read_text().splitlines()) if path.exists() else Counter()
+
+
+def status(project: Project) -> dict[str, Any]:
+    shown: dict[str, Any] = project.grd("batch", "status", "--json").json
+    return shown
+
+
+def nothing_is_left(project: Project) -> None:
+    assert project.processes() == []
+    folders = [path.name for path in project.run_folders()]
+    assert not [name for name in folders if name.startswith(".")], folders
+    for process in psutil.process_iter():
+        try:
+            line = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        assert "grd.batch.coordinator" not in line or str(project.path) not in line
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "before anything",
+        "before a run is written down",
+        "between writing and start",
+        "when the key has its run",
+        "when the folder is there",
+        "when the runner has started",
+        "when the start is written down",
+        "before an end is written down",
+        "before the end of the batch",
+    ],
+)
+def test_a_coordinator_killed_at_any_moment_loses_nothing_and_repeats_nothing(
+    project: Project, moment: str
+) -> None:
+    project.notebook("held.ipynb", TOLD, DONE, parameters=PARAMETERS)
+    (project.path / "strike.py").write_text(STRIKE)
+    done = subprocess.run(
+        [sys.executable, "-c", SUBMIT, moment],
+        cwd=project.path,
+        env=project.environment | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    shown = status(project)
+    assert (shown["state"], shown["cause"]) in (
+        ("interrupted", "coordinator_lost"),
+        ("completed", None),  # every run had its end, and only the word of it is missing
+    )
+    assert (shown["state"] == "completed") == (moment == "before the end of the batch")
+    if shown["state"] != "completed":
+        assert shown["resume_command"] == f"grd batch resume {shown['batch_id']}"
+        assert shown["resume_command"] in project.grd("status").out
+    resumed = project.grd("batch", "resume", "last", "--json")
+    assert resumed.code == 0, resumed.err
+    assert resumed.json["counts"] == {"completed": 2}
+    # A start that was cut off before its kernel counts as an attempt; the notebook itself ran once.
+    counts = told(project)
+    assert counts["done 1"] == counts["done 2"] == 1
+    assert sum(count for word, count in counts.items() if not word.startswith("done")) == 2
+    assert len(project.run_folders()) == 2
+    nothing_is_left(project)
+
+
+def test_a_coordinator_and_a_runner_killed_in_mid_run_go_on_and_no_run_starts_again(project: Project) -> None:
+    project.notebook("train.ipynb", TOLD, TRAIN, DONE, parameters=PARAMETERS)
+    done = project.grd("sweep", "train.ipynb", "-g", "seed", "1..3", "--jobs", "2", "--detach", "--json")
+    at_once = done.json["jobs"] or status(project)["jobs"]
+    wait_until(lambda: sum(told(project)[f"at 1 {seed}"] for seed in (1, 2, 3)) >= (at_once or 1), "epoch 1")
+    shown = status(project)
+    assert shown["state"] == "running"
+    os.kill(shown["coordinator"]["pid"], signal.SIGKILL)
+    lost = status(project)
+    assert (lost["state"], lost["cause"], lost["resumable"]) == ("interrupted", "coordinator_lost", True)
+    assert lost["counts"]["running"] == shown["jobs"]
+    os.kill(project.record(project.runs_dir / lost["runs"][0]["run_id"])["runner"]["pid"], signal.SIGKILL)
+    follower = project.start("batch", "resume", "last", "--json")
+    wait_until(lambda: told(project)["resumed 1"], "the killed run goes on")
+    (project.path / "go").touch()
+    ended = project.finish(follower)
+    assert ended.code == 0, ended.err
+    assert ended.json["counts"] == {"completed": 3}
+    counts = told(project)
+    assert [counts[f"begun {seed}"] for seed in (1, 2, 3)] == [1, 1, 1]
+    assert [counts[f"done {seed}"] for seed in (1, 2, 3)] == [1, 1, 1]
+    assert sum(counts[f"resumed {seed}"] for seed in (1, 2, 3)) == 1
+    assert ended.json["runs"][0]["attempts"] == 2
+    nothing_is_left(project)
+
+
+@pytest.mark.parametrize("how", ["stop", "SIGINT", "stop without a coordinator"])
+def test_a_stopped_batch_saves_and_can_be_resumed(project: Project, how: str) -> None:
+    project.notebook("train.ipynb", TOLD, TRAIN, DONE, parameters=PARAMETERS)
+    follower = project.start("sweep", "train.ipynb", "-g", "seed", "1,2", "--jobs", "1")
+    wait_until(lambda: told(project)["at 1 1"], "epoch 1")
+    if how == "SIGINT":
+        follower.send_signal(signal.SIGINT)
+    else:
+        if how != "stop":
+            os.kill(status(project)["coordinator"]["pid"], signal.SIGKILL)
+        stopped = project.grd("batch", "stop", "last")
+        assert stopped.code == 0, stopped.err
+    ended = project.finish(follower)
+    assert ended.code == 75, ended.err
+    wait_until(lambda: project.processes() == [], "the end of all runs")
+    shown = status(project)
+    assert (shown["state"], shown["counts"]) == ("interrupted", {"interrupted": 1, "cancelled": 1})
+    assert shown["cause"] == {"SIGINT": "sigint", "stop": "stopped"}.get(how, "coordinator_lost")
+    assert shown["runs"][0]["cause"] == "stopped"
+    (project.path / "go").touch()
+    resumed = project.grd("batch", "resume", "last", "--json")
+    assert resumed.code == 0, resumed.err
+    assert resumed.json["counts"] == {"completed": 2}
+    assert told(project)["begun 1"] == told(project)["resumed 1"] == 1
+    nothing_is_left(project)
+
+
+def test_a_second_ctrl_c_kills_and_a_hang_up_changes_nothing(project: Project) -> None:
+    stubborn = "while True:\n  try:\n    time.sleep(1)\n  except KeyboardInterrupt:\n    tell('asked')"
+    project.notebook("stubborn.ipynb", TOLD, stubborn, parameters=PARAMETERS)
+    follower = project.start("sweep", "stubborn.ipynb", "-g", "seed", "1", "--timeout", "1h")
+    wait_until(lambda: told(project)["begun 1"], "the cell")
+    follower.send_signal(signal.SIGINT)
+    wait_until(lambda: told(project)["asked 1"], "the request")
+    follower.send_signal(signal.SIGINT)
+    ended = project.finish(follower, 60)
+    assert ended.code == 75, ended.err
+    assert status(project)["counts"] == {"interrupted": 1}
+    nothing_is_left(project)
