@@ -336,6 +336,31 @@ def test_a_failure_lets_the_others_go_on_and_fail_fast_starts_no_more(here: Proj
     assert retried.json["runs"][1]["attempts"] == 1
 
 
+DIES_ONCE = """
+import os, pathlib
+mark = pathlib.Path(f"begun-{seed}")
+if not mark.exists():
+    mark.touch()
+    os._exit(3)
+"""
+
+
+@pytest.mark.faults
+def test_a_run_whose_kernel_died_is_resumed_as_often_as_was_said(here: Project) -> None:
+    here.notebook("dies.ipynb", DIES_ONCE, parameters=PARAMETERS)
+    sweep = ("sweep", "dies.ipynb", "-g", "seed", "1..2", "--jobs", "2", "--json")
+    once = here.grd(*sweep)
+    assert once.code == 75, once.err
+    assert {run["cause"] for run in once.json["runs"]} == {"kernel_died"}
+    for mark in here.path.glob("begun-*"):
+        mark.unlink()
+    twice = here.grd(*sweep, "--force", "--max-attempts", "2", env={"GRD_RETRY_DELAY": "0.01"})
+    assert twice.code == 0, twice.err
+    runs = [here.record(here.runs_dir / run["run_id"]) for run in twice.json["runs"]]
+    assert [[each["cause"] for each in run["attempts"]] for run in runs] == [["kernel_died", None]] * 2
+    assert here.grd("sweep", "dies.ipynb", "-g", "seed", "1", "--max-attempts", "0").code == 2
+
+
 @pytest.mark.faults
 def test_forced_runs_run_again_and_the_notebook_is_the_one_that_was_submitted(here: Project) -> None:
     assert here.grd("sweep", "score.ipynb", "-g", "seed", "1").code == 0

@@ -28,6 +28,7 @@ from grd.batch.jobs import make_job
 from grd.batch.placements import Handle, Placement
 from grd.batch.placements.local import LocalPlacement
 from grd.batch.plan import Options, PlannedRun
+from grd.batch.retrying import Retrying
 from grd.batch.sharing import LEAST_MEMORY_BYTES, Share, has_room, share, thread_environment
 from grd.batch.view import count_states, look, outcome
 from grd.errors import ApprovalRequired, GrdError, ResourceUnavailable
@@ -38,6 +39,7 @@ from grd.runs.batch_folder import BatchFolder
 from grd.runs.folder import RunFolder
 from grd.runs.model import RunRecord, now_iso
 from grd.runs.processes import identity
+from grd.settings import find_project_root, load_settings
 
 LOOK_SECONDS = 0.2
 """How soon a request to stop is heard; the ends of runs wake the coordinator by themselves."""
@@ -263,6 +265,8 @@ class Coordinator:
         delay = self._again(record, run)
         if delay is None:
             return False
+        why = f"attempt {record.attempt} ended: {record.cause}"
+        self._note(f"run {run.index + 1} is resumed in {delay:.1f} s: {why}")
         self._delayed[run.index] = time.monotonic() + delay
         self._pending.append(run.index)
         return True
@@ -346,6 +350,17 @@ def launch_coordinator(folder: BatchFolder, lock: int, working_dir: str) -> subp
         os.close(lock)
 
 
+def _retrying(folder: BatchFolder) -> Again:
+    """As the spec says, or the settings of now; a setting that cannot be read retries nothing."""
+    record = records.load(folder)
+    try:
+        settings, _ = load_settings(find_project_root(Path(record.working_dir)))
+    except GrdError as error:
+        print(f"no run is retried: {error}", file=sys.stderr, flush=True)
+        return never
+    return Retrying(Options(**record.options), settings)
+
+
 def main(arguments: list[str]) -> int:
     """Coordinate one batch; the exit status is 0 whenever the record says how it ended."""
     path, lock = Path(arguments[0]), int(arguments[1])
@@ -353,7 +368,7 @@ def main(arguments: list[str]) -> int:
     folder = BatchFolder(path)
     placement = LocalPlacement(lambda text: print(text, file=sys.stderr, flush=True))
     try:
-        Coordinator(folder, placement).run()
+        Coordinator(folder, placement, _retrying(folder)).run()
     except OSError:
         traceback.print_exc()
         return 1

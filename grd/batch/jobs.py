@@ -27,7 +27,7 @@ from grd.steps.agreeing import Wanted, agree
 from grd.steps.creating import NewRun, create_run
 from grd.steps.estimator import Estimator
 from grd.steps.following import is_under_way
-from grd.steps.request import Limits, Request, mlflow_of_settings, open_request
+from grd.steps.request import Limits, Request, mlflow_of_settings, open_request, wanted_gpus
 from grd.steps.resuming import resume_folder
 from grd.steps.started import OnNote, Started, launch, tell
 
@@ -63,6 +63,8 @@ def make_job(
         "grace": options.grace,
         "start_timeout": options.start_timeout,
         "max_output": options.max_output,
+        "gpus": options.gpus,
+        "gpu_pool": options.gpu_pool,
         "allow_unknown": options.allow_unknown,
         "force": options.force,
         "retry_failed": retry_failed,
@@ -135,6 +137,7 @@ class Starter:
             name=job["name"],
             key=job["key"],
             mlflow=mlflow_of_settings(settings, request.warnings),
+            gpus=wanted_gpus(job["gpus"], job["gpu_pool"]),
             batch={"id": job["batch"], "index": job["index"]},
         )
         folder, lock = create_run(new, slot.assign)

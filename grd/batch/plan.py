@@ -62,6 +62,11 @@ class Options:
     grace: float | None = None
     start_timeout: float | None = None
     max_output: int | None = None
+    max_attempts: int | None = None
+    """Attempts of each run in one start of the batch, the first included."""
+    gpus: int | None = None
+    """What each run leases; None: one, where the machine has any."""
+    gpu_pool: str | None = None
     fail_fast: bool = False
     allow_unknown: bool = False
     force: bool = False
@@ -79,6 +84,9 @@ class Options:
                 max_output=(
                     None if given.get("max_output") is None else read_size("max_output", given["max_output"])
                 ),
+                max_attempts=given.get("max_attempts"),
+                gpus=given.get("gpus"),
+                gpu_pool=given.get("gpu_pool"),
                 fail_fast=bool(given.get("fail_fast", False)),
                 allow_unknown=bool(given.get("allow_unknown", False)),
                 force=force,

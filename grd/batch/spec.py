@@ -15,6 +15,8 @@ from typing import Any
 from grd.batch import documents
 from grd.batch.values import is_range, numbers, split_values
 from grd.errors import UsageError
+from grd.hardware.pools import POOLS
+from grd.settings import MOST_ATTEMPTS
 
 SOURCES = ("grid", "zip", "list", "file")
 """Each gives a list of parameter sets; several of them are combined, each set with each."""
@@ -24,7 +26,7 @@ RUN_KEYS = ("notebook", "parameters", "name", "kernel", "timeout", "budget", "in
 
 BATCH_KEYS = (
     *RUN_KEYS, "notebooks", *SOURCES, "runs", "jobs", "memory", "grace", "start_timeout", "max_output",
-    "fail_fast", "allow_unknown",
+    "fail_fast", "allow_unknown", "max_attempts", "gpus", "gpu_pool",
 )  # fmt: skip
 
 MOST_RUNS = 100_000
@@ -279,8 +281,13 @@ def _check_settings(settings: Mapping[str, Any], place: str) -> None:
         switch = name in ("fail_fast", "allow_unknown")
         if switch and not isinstance(value, bool):
             raise UsageError(f"{place}: {name} is true or false, not {value!r}")
-        if name == "jobs" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise UsageError(f"{place}: jobs is a number from 1 on, not {value!r}")
+        least = {"jobs": 1, "max_attempts": 1, "gpus": 0}.get(name)
+        if least is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise UsageError(f"{place}: {name} is a number from {least} on, not {value!r}")
+        if name == "max_attempts" and value > MOST_ATTEMPTS:
+            raise UsageError(f"{place}: max_attempts is at most {MOST_ATTEMPTS}, not {value!r}")
+        if name == "gpu_pool" and value not in POOLS:
+            raise UsageError(f"{place}: gpu_pool is one of {', '.join(POOLS)}, not {value!r}")
         if name in ("name", "kernel") and (not isinstance(value, str) or not value):
             raise UsageError(f"{place}: {name} is text, not {value!r}")
         if name == "inputs" and not (

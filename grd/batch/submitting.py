@@ -19,6 +19,9 @@ from grd.batch.plan import Plan, make_plan
 from grd.batch.spec import read_spec
 from grd.errors import RunBusy, UsageError
 from grd.files import take_lock
+from grd.hardware import leases
+from grd.hardware.leases import Wanted as Leased
+from grd.hardware.pools import TRAINING
 from grd.runs import recovery
 from grd.settings import find_project_root, load_settings
 from grd.steps import keys
@@ -55,6 +58,8 @@ def batch(
     root = find_project_root(Path.cwd())
     common = {name: getattr(plan.options, name) for name in ("grace", "start_timeout", "max_output")}
     settings, _ = load_settings(root, common)
+    if plan.options.gpus is not None or plan.options.gpu_pool is not None:
+        leases.check(Leased(plan.options.gpus or 0, plan.options.gpu_pool or TRAINING), settings)
     name = str(plan.spec.settings.get("name") or _name_of(plan))
     batch_id = records.new_batch_id(name)
     done = already_completed(plan, place)

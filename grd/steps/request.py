@@ -125,6 +125,11 @@ def read_limits(timeout: float | str | None, budget: float | str | None) -> Limi
     return Limits(read_seconds("--timeout", timeout), read_seconds("--budget", budget))
 
 
+def wanted_gpus(count: int | None, pool: str | None) -> dict[str, Any] | None:
+    """What the record keeps of a wish for GPUs that was checked; None where nobody wished."""
+    return None if count is None and pool is None else {"count": count, "pool": pool or TRAINING}
+
+
 def read_gpus(
     count: int | str | None, pool: str | None, settings: Settings, *, before: dict[str, Any] | None = None
 ) -> dict[str, Any] | None:
@@ -141,7 +146,7 @@ def read_gpus(
     leases.check(wanted, settings)
     if count is None and pool is None:
         return before
-    return {"count": wanted.count, "pool": wanted.pool}
+    return wanted_gpus(wanted.count, wanted.pool)
 
 
 def read_retry(

@@ -71,7 +71,7 @@ def start(spec: str, notebook: str | None, **given: Any) -> Answer:
     file: more.csv                # rows of a CSV, YAML or JSON file
     runs:                         # one by one
       - {notebook: other.ipynb, name: other, parameters: {x: 1}, timeout: 5m}
-    jobs: 2                       # and memory, timeout, budget, grace, inputs, fail_fast ...
+    jobs: 2                       # and memory, timeout, budget, max_attempts, gpus, inputs, fail_fast ...
     """
     return _begin(spec, {"notebook": notebook}, given)
 
@@ -225,7 +225,7 @@ def _begin(spec: Any, more: dict[str, Any], given: dict[str, Any]) -> Answer:
     parameters = gather(given["pairs"], given["raws"], given["yamls"], given["files"])
     names = (
         "jobs", "memory", "timeout", "budget", "grace", "start_timeout", "max_output", "name", "kernel",
-        "fail_fast",
+        "fail_fast", "max_attempts", "gpus", "gpu_pool",
     )  # fmt: skip
     more = {**more, **{name: given[name] for name in names}}
     more["inputs"] = list(given["inputs"]) or None

@@ -7,6 +7,9 @@ from typing import Any, TypeVar
 
 import click
 
+from grd.hardware.pools import POOLS
+from grd.settings import MOST_ATTEMPTS
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 runs_dir_option = click.option("--runs-dir", metavar="DIR", help="Where the runs lie. Default: experiments/.")
@@ -56,6 +59,25 @@ def spec_options(command: Command) -> Command:
         ),
         click.option(
             "--grace", metavar="TIME", help="From a stop request to the kill, time to save. Default: 30s."
+        ),
+        click.option(
+            "--gpu-pool",
+            type=click.Choice(POOLS),
+            help="Which of the machine's GPUs. Default: training; a pool without a setting has all of them.",
+        ),
+        click.option(
+            "--gpus",
+            type=click.IntRange(0),
+            metavar="N",
+            help="Each run leases N GPUs, waiting until they are free; 0 hides them. Default: one where "
+            "there are any, unless CUDA_VISIBLE_DEVICES chooses.",
+        ),
+        click.option(
+            "--max-attempts",
+            type=click.IntRange(1, MOST_ATTEMPTS),
+            metavar="N",
+            help="Resume a run, after a growing pause, when kernel, runner or machine fail: N attempts of "
+            "each in all. Default: 1.",
         ),
         click.option("--budget", metavar="TIME", help="Cap on all attempts of one run together."),
         click.option(
