@@ -148,8 +148,8 @@ def _help() -> str:
     return (
         f"{commands}\n\n"
         "%grd help SUB explains one command. Results are objects: runs = %grd list. {name} stands for the\n"
-        "value of a variable; quote it where it may hold spaces. research and resume return at once,\n"
-        "unless --wait; status without RUN is about the run last started here, unless --all.\n"
+        "value of a variable; quote it where it may hold spaces. research and resume return at once and\n"
+        "show a panel, unless --wait; status without RUN is about the run last started here, unless --all.\n"
         f"%%{NAME} {track.name} above a cell says what the cell used (%%{NAME} {track.name} --help)."
     )
 
