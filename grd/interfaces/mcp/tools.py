@@ -88,13 +88,15 @@ async def run_start(
     kernel: str | None = None,
     checkpoint_dir: str | None = None,
     grace: str | float | None = None,
+    gpus: int | None = None,
     allow_unknown: bool = False,
 ) -> dict[str, Any]:
     """Run a training notebook. Returns at once; the run goes on by itself, also after this server's end.
 
     Give a key of your own, such as "lr-0.01": a repeated call with it never starts a second run, but attaches
     to the one there is, resumes it, or shows its result. timeout ("30m", or seconds) caps one attempt, budget
-    all attempts together; without either all attempts get 10 minutes. Next: run_wait.
+    all attempts together; without either all attempts get 10 minutes. gpus: so many are leased, and waited
+    for; 0 hides them. Next: run_wait.
     """
 
     def start() -> dict[str, Any]:
@@ -111,6 +113,7 @@ async def run_start(
             kernel=kernel,
             checkpoint_dir=checkpoint_dir,
             grace=grace,
+            gpus=gpus,
             allow_unknown=allow_unknown,
             wait=False,
             on_note=notes.append,
@@ -128,11 +131,12 @@ async def run_resume(
     budget: str | float | None = None,
     from_epoch: int | None = None,
     notebook: str | None = None,
+    gpus: int | None = None,
 ) -> dict[str, Any]:
     """Go on with an interrupted or failed run from its last good checkpoint. Returns at once.
 
     After a failure give notebook: the corrected file. from_epoch goes back to the checkpoint after that
-    epoch. Parameters, timeout and budget change only what they name. Next: run_wait.
+    epoch. Parameters, timeout, budget and gpus change only what they name. Next: run_wait.
     """
 
     def go_on() -> dict[str, Any]:
@@ -146,6 +150,7 @@ async def run_resume(
             timeout=timeout,
             budget=budget,
             from_epoch=from_epoch,
+            gpus=gpus,
             wait=False,
             on_note=notes.append,
         )
