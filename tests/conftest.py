@@ -242,6 +242,7 @@ def project(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Project]
         "GRD_STATE_DIR": str(tmp_path / "state"),
         "XDG_CONFIG_HOME": str(tmp_path / "config"),
         "IPYTHONDIR": str(tmp_path / "ipython"),
+        "GRD_GPU_SLOTS": "64",  # on a machine with a GPU no run of a test has to wait for another's
     }
     if "torch_in_kernels" not in request.fixturenames:
         startup = tmp_path / "ipython" / "profile_default" / "startup"

@@ -217,6 +217,15 @@ def test_a_useless_index_costs_time_and_nothing_else(many: Project, harm: Callab
     assert states_of(many) == states_on_disk(many)
 
 
+def test_a_python_without_sqlite_reads_the_folders(many: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = states_of(many)
+    monkeypatch.setitem(sys.modules, "sqlite3", None)
+    assert states_of(many) == expected
+    RunIndex().delete()
+    assert states_of(many) == expected
+    assert not RunIndex().path.exists()
+
+
 def test_a_command_says_nothing_of_a_broken_index_and_makes_it_anew(many: Project) -> None:
     many.grd("list")
     be_garbage(Path(many.environment["GRD_STATE_DIR"]))

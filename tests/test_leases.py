@@ -323,7 +323,8 @@ UNTIL = "import pathlib, time\nwhile not pathlib.Path('go').exists(): time.sleep
 def two_gpus(project: Project, tmp_path: Path) -> Project:
     """A project on a machine with two GPUs."""
     project.environment |= gpu_machine.environment(tmp_path, "5", "5")
-    project.environment.pop(VISIBLE, None)
+    for name in (VISIBLE, "GRD_GPU_SLOTS"):
+        project.environment.pop(name, None)
     project.notebook("train.ipynb", TELL, UNTIL, parameters=DECLARES)
     return project
 

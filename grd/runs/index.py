@@ -78,7 +78,7 @@ class RunIndex:
 
     def rows(self, runs_dir: Path) -> dict[str, Row]:
         """What is known of the runs in ``runs_dir`` by run id; nothing where there is no usable index."""
-        if not self.path.is_file():
+        if not (self.path.is_file() and _has_sqlite()):
             return {}
         import sqlite3
 
@@ -107,6 +107,8 @@ class RunIndex:
 
         Rows of another state than an ended one are not kept.
         """
+        if not _has_sqlite():
+            return False
         import sqlite3
 
         forgotten = list(gone)
@@ -191,6 +193,15 @@ class RunIndex:
                 with contextlib.suppress(OSError):
                     if path.stat().st_mtime < limit:
                         path.unlink()
+
+
+def _has_sqlite() -> bool:
+    """Some builds of Python come without it."""
+    try:
+        import sqlite3  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def _key(runs_dir: Path) -> bytes:

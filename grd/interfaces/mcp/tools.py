@@ -89,6 +89,7 @@ async def run_start(
     checkpoint_dir: str | None = None,
     grace: str | float | None = None,
     max_attempts: int | None = None,
+    gpus: int | None = None,
     allow_unknown: bool = False,
 ) -> dict[str, Any]:
     """Run a training notebook. Returns at once; the run goes on by itself, also after this server's end.
@@ -96,7 +97,8 @@ async def run_start(
     Give a key of your own, such as "lr-0.01": a repeated call with it never starts a second run, but attaches
     to the one there is, resumes it, or shows its result. timeout ("30m", or seconds) caps one attempt, budget
     all attempts together; without either all attempts get 10 minutes. With max_attempts it is resumed by
-    itself when its kernel or runner dies. Next: run_wait.
+    itself when its kernel or runner dies. gpus: so many are leased, and waited for; 0 hides them.
+    Next: run_wait.
     """
 
     def start() -> dict[str, Any]:
@@ -114,6 +116,7 @@ async def run_start(
             checkpoint_dir=checkpoint_dir,
             grace=grace,
             max_attempts=max_attempts,
+            gpus=gpus,
             allow_unknown=allow_unknown,
             wait=False,
             on_note=notes.append,
@@ -131,11 +134,12 @@ async def run_resume(
     budget: str | float | None = None,
     from_epoch: int | None = None,
     notebook: str | None = None,
+    gpus: int | None = None,
 ) -> dict[str, Any]:
     """Go on with an interrupted or failed run from its last good checkpoint. Returns at once.
 
     After a failure give notebook: the corrected file. from_epoch goes back to the checkpoint after that
-    epoch. Parameters, timeout and budget change only what they name. Next: run_wait.
+    epoch. Parameters, timeout, budget and gpus change only what they name. Next: run_wait.
     """
 
     def go_on() -> dict[str, Any]:
@@ -149,6 +153,7 @@ async def run_resume(
             timeout=timeout,
             budget=budget,
             from_epoch=from_epoch,
+            gpus=gpus,
             wait=False,
             on_note=notes.append,
         )
