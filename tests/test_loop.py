@@ -168,8 +168,9 @@ def test_a_cycle_has_a_cap_and_nobody_who_could_agree_to_more_ends_the_loop(proj
 def test_no_cycles_and_a_dry_run_leave_nothing_behind(project: Project) -> None:
     plan(project, notebooks=[step(project, "train", role="train")])
     before = sorted(project.path.rglob("*"))
-    dry = project.grd("loop", "plan.yaml", "--max-cycles", "2", "--dry-run")
+    dry = project.grd("loop", "plan.yaml", "--max-cycles", "2", "--dry-run", "--json")
     assert dry.code == 0, dry.err
+    check(dry.json, "grd.loop-dry-run/1")
     assert f"would run {project.path}/train.ipynb cycle=2, at most 1h" in dry.err
     assert sorted(project.path.rglob("*")) == before
     none = project.grd("loop", "plan.yaml", "--max-cycles", "0")
