@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -212,6 +213,22 @@ class Project:
                 ):
                     found.append(process)
         return found
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With ``GRD_FAULT_SHARE=k/n`` only each n-th fault test of a file: of the table every fault, at other
+    moments."""
+    number, _, shares = os.environ.get("GRD_FAULT_SHARE", "0/1").partition("/")
+    seen: Counter[Path] = Counter()
+    left_out = []
+    for item in items:
+        if item.get_closest_marker("faults"):
+            if seen[item.path] % int(shares) != int(number):
+                left_out.append(item)
+            seen[item.path] += 1
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
 @pytest.fixture(scope="session", autouse=True)

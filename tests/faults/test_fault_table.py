@@ -62,10 +62,6 @@ CASES = [
     *((fault, "checkpoint being saved") for fault in SIGNALS if "twice" in fault),
 ]
 
-SHARE, SHARES = map(int, os.environ.get("GRD_FAULT_SHARE", "0/1").split("/"))
-CASES = [case for number, case in enumerate(CASES) if number % SHARES == SHARE]
-"""All of them, or ``GRD_FAULT_SHARE=k/n``: every fault, at another part of the moments."""
-
 MEMORY_CGROUP = Path("/sys/fs/cgroup/memory")
 MEMORY_LIMIT_BYTES = 600_000_000
 """Room for a small checkpoint, and so little that it is soon free: until then the system kills the next."""
