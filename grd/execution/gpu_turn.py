@@ -99,7 +99,7 @@ class GpuTurn:
     def _batch_size(self) -> int:
         with contextlib.suppress(ConfigurationError):
             settings, _ = load_settings(find_project_root(Path(self._record.working_dir)))
-            return int(getattr(settings, "batch_size_per_gpu", DEFAULT_BATCH_SIZE))
+            return settings.batch_size_per_gpu
         return DEFAULT_BATCH_SIZE
 
     def close(self) -> None:
