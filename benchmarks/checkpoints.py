@@ -137,12 +137,14 @@ class Saving:
 
     def grd_without_hash(self) -> None:
         """The same without the checksum."""
-        digest = checkpoint_file.xxhash.xxh3_128
+        digest, least = checkpoint_file.xxhash.xxh3_128, checkpoint_file._WORTH_A_THREAD
         checkpoint_file.xxhash.xxh3_128 = _NoDigest  # type: ignore[assignment,misc]
+        checkpoint_file._WORTH_A_THREAD = sys.maxsize  # nor what handing over to a thread costs
         try:
             self._save(self.handler)
         finally:
             checkpoint_file.xxhash.xxh3_128 = digest  # type: ignore[misc]
+            checkpoint_file._WORTH_A_THREAD = least
 
     def grd_beside(self) -> None:
         """In the background; ``stalls`` has what the caller waited."""

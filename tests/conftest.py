@@ -219,8 +219,17 @@ def interruptible() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+NO_TORCH = "import sys\nsys.modules['torch'] = None\n"
+
+
 @pytest.fixture
-def project(tmp_path: Path) -> Iterator[Project]:
+def torch_in_kernels() -> None:
+    """The project's kernels may import torch; without this they are as where it is not installed, and start
+    3 s of processor time sooner, for `grd.experiment` imports it where it is."""
+
+
+@pytest.fixture
+def project(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Project]:
     """A project folder with settings and state of its own; nothing of it may survive the test."""
     folder = tmp_path / "project"
     (folder / ".planning").mkdir(parents=True)
@@ -230,6 +239,10 @@ def project(tmp_path: Path) -> Iterator[Project]:
         "XDG_CONFIG_HOME": str(tmp_path / "config"),
         "IPYTHONDIR": str(tmp_path / "ipython"),
     }
+    if "torch_in_kernels" not in request.fixturenames:
+        startup = tmp_path / "ipython" / "profile_default" / "startup"
+        startup.mkdir(parents=True)
+        (startup / "00-no-torch.py").write_text(NO_TORCH)
     # Nobody sits at these tests; what that means for long runs is tested where it is asked for.
     (tmp_path / "config" / "grd").mkdir(parents=True)
     (tmp_path / "config" / "grd" / "config.toml").write_text("[approval]\nallow_noninteractive = true\n")

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 from conftest import cannot_be_had
 
 from grd.errors import CheckpointCorrupt, CheckpointError, CheckpointFenced, CheckpointRefused
@@ -379,6 +380,32 @@ except CheckpointError as error:
     print(error)
 assert keeper.load_checkpoint()["epoch"] == 0
 """
+
+
+AT_EXIT = """
+import atexit, sys
+sys.modules["torch"] = None  # the plain format does as well, and sooner
+import numpy
+from grd.experiment import CheckpointHandler
+handler = CheckpointHandler(sys.argv[1], install_signal_handlers=False)
+state = numpy.arange(1_000_000, dtype="float64")  # larger than a piece, and than what is hashed beside
+handler.save_checkpoint(0, {"w": state})
+atexit.register(lambda: handler.save_checkpoint(1, {"w": state + 1}))
+"""
+
+
+def test_a_save_while_the_interpreter_ends_is_as_good_as_any(tmp_path: Path) -> None:
+    """No thread can be started any more: what is hashed in one otherwise, is hashed all the same."""
+    done = run(AT_EXIT.replace("sys.argv[1]", repr(str(tmp_path))))
+    assert done.returncode == 0, done.stderr
+    entries = read_manifest(tmp_path)
+    for epoch in (0, 1):
+        path = tmp_path / f"checkpoint_epoch_{epoch}.pt"
+        content = path.read_bytes()
+        (entry,) = entries[path.name]
+        assert (
+            entry.xxh3_128 == xxhash.xxh3_128(content).hexdigest() and entry.size == len(content) > 8_000_000
+        )
 
 
 def test_a_file_size_limit_leaves_the_version_before_and_one_clear_error(tmp_path: Path) -> None:

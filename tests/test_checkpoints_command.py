@@ -15,6 +15,8 @@ from grd import Run
 
 pytest.importorskip("torch")
 
+pytestmark = pytest.mark.usefixtures("torch_in_kernels")
+
 SAVES = """import torch
 from grd.experiment import CheckpointHandler
 handler = CheckpointHandler(checkpoint_dir)

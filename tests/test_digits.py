@@ -18,6 +18,8 @@ from grd.files import shipped_file
 pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 
+pytestmark = pytest.mark.usefixtures("torch_in_kernels")
+
 EPOCHS = 6
 PACE = ["-p", "epochs", str(EPOCHS), "-p", "seconds_per_epoch", "1.0"]
 
@@ -90,7 +92,13 @@ INTERRUPTIONS: dict[str, tuple[list[str], Callable[[Project, int], None], str]] 
 }
 
 
-@pytest.mark.parametrize("how", INTERRUPTIONS)
+OFTEN = ("SIGTERM to the runner", "kill -9 of the kernel")
+"""With every change; the others, which differ from them in little, in the fault suite."""
+
+
+@pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=[] if how in OFTEN else pytest.mark.faults) for how in INTERRUPTIONS]
+)
 def test_an_interrupted_and_resumed_training_equals_an_uninterrupted_one(
     project: Project, straight: dict[str, Any], how: str
 ) -> None:
@@ -115,6 +123,7 @@ def test_an_interrupted_and_resumed_training_equals_an_uninterrupted_one(
     assert project.processes() == []
 
 
+@pytest.mark.faults
 def test_a_typo_in_the_last_cell_is_mended_without_training_again(
     project: Project, straight: dict[str, Any]
 ) -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import click
@@ -221,6 +222,18 @@ def test_every_exit_code_stands_in_readme() -> None:
     }
     assert len(ours) >= 9
     assert ours <= documented_exit_codes()
+
+
+def test_readme_says_of_every_extra_how_far_it_was_tested() -> None:
+    section = (ROOT / "README.md").read_text().split("## What is tested", 1)[1].split("\n## ", 1)[0]
+    rows = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", section, re.MULTILINE))
+    told = {extra for part in rows if part.startswith("extra") for extra in re.findall(r"`(\w+)`", part)}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert told == set(extras) - {"demo", "dev"}
+    said = [text for part, text in rows.items() if part not in ("part", "---")]
+    assert all("tested" in text or "experimental" in text for text in said)
+    goals = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"`make ([a-z0-9-]+)`", section)) <= set(goals)
 
 
 def test_every_command_that_readme_types_exists() -> None:

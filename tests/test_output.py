@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import Project
 
 
@@ -47,6 +48,7 @@ STOP_THE_READER_UNTIL_THE_CELL_IS_OVER = STOP_THE_READER.replace(
 PRINT_MUCH = "for number in range(20_000): print(number, flush=True)"
 
 
+@pytest.mark.faults
 def test_output_that_comes_faster_than_it_is_read_is_all_kept(project: Project) -> None:
     # ZeroMQ begins to drop when 1,000 messages wait
     fast, after = run(project, STOP_THE_READER + PRINT_MUCH, "print('after')")
@@ -72,6 +74,7 @@ def test_output_that_comes_long_after_the_cells_reply_takes_none_from_the_next_c
     assert text_of(after) == "after\n"
 
 
+@pytest.mark.faults
 def test_a_kernel_that_drops_output_does_not_hang_the_run_and_the_loss_is_told(project: Project) -> None:
     project.notebook(
         "printing.ipynb",

@@ -101,8 +101,10 @@ def test_a_notebook_error_fails_the_run_and_an_edited_notebook_goes_on_without_t
     assert done.json["metrics"]["final"] == 10
 
 
-@pytest.mark.parametrize("to_whom", ["follower", "runner"])
-@pytest.mark.parametrize(("signum", "cause"), [(signal.SIGTERM, "sigterm"), (signal.SIGINT, "sigint")])
+@pytest.mark.parametrize(
+    ("to_whom", "signum", "cause"),
+    [("follower", signal.SIGINT, "sigint"), ("runner", signal.SIGTERM, "sigterm")],
+)
 def test_a_signal_stops_after_the_epoch_with_its_checkpoint_and_resume_completes(
     project: Project, to_whom: str, signum: signal.Signals, cause: str
 ) -> None:

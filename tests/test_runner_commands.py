@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 from conftest import Project, wait_until
 from test_research import PARAMETERS, TICKS, TRAIN
+
+from grd.files import take_lock
 
 
 def detached(project: Project, *arguments: str, **options: Any) -> dict[str, Any]:
@@ -35,8 +38,6 @@ def test_detach_answers_soon_and_the_run_outlives_the_whole_group_that_started_i
     command = shlex.join(
         [sys.executable, "-m", "grd", "research", "train.ipynb", "-p", "seconds", "1", "--detach", "--json"]
     )
-    import subprocess
-
     shell = subprocess.Popen(
         ["bash", "-c", f"{command}; sleep 600"],
         cwd=project.path,
@@ -56,6 +57,7 @@ def test_detach_answers_soon_and_the_run_outlives_the_whole_group_that_started_i
     shell.wait()
     shell.stdout.close()
     shown = json.loads(answer)
+    assert set(shown) >= {"run_id", "state", "folder"}
     assert shown["state"] in ("queued", "running") and Path(shown["folder"]).is_dir()
     assert seconds < 60, f"--detach took {seconds:.1f} s"  # 2 s on a machine that does nothing else
     done = project.grd("wait", shown["run_id"], "--timeout", "100", "--json")
@@ -265,7 +267,7 @@ def test_config_show_tells_where_each_setting_comes_from_in_the_order_of_precede
     assert ran.json["grace"] == 15.0
 
 
-@pytest.mark.parametrize("grace", ["0", "-5", "nan", "inf", "1e300", "4000d", "soon"])
+@pytest.mark.parametrize("grace", ["-5", "nan", "4000d", "soon"])
 def test_a_grace_that_cannot_be_used_is_an_error_before_anything_starts(project: Project, grace: str) -> None:
     project.notebook("one.ipynb", "1")
     typed = project.grd("research", "one.ipynb", "--grace", grace)
@@ -336,3 +338,38 @@ def test_a_record_of_a_newer_version_is_read_said_and_kept(project: Project) -> 
     assert project.grd("resume", "last", "-p", "epochs", "5").code == 0
     after = project.record()
     assert (after["colour"], after["attempts"][0]["mood"], after["attempt"]) == ({"is": "new"}, "fine", 2)
+
+
+def test_stop_now_kills_without_waiting_for_the_grace(project: Project) -> None:
+    loop = "while True:\n  try:\n    time.sleep(1)\n  except BaseException:\n    pass"
+    stubborn = f"import time\nprint('here', flush=True)\n{loop}"
+    project.notebook("stubborn.ipynb", stubborn, parameters=PARAMETERS)
+    project.grd("research", "stubborn.ipynb", "--detach", "--grace", "10m")
+    project.wait_for_output("here")
+    began = time.monotonic()
+    assert project.grd("stop", "last", "--now").code == 0
+    assert time.monotonic() - began < 60
+    record = project.record()
+    assert (record["cause"], record["attempts"][0]["stop"]["killed"]) == ("stopped", True)
+    assert project.processes() == []
+
+
+def test_gc_sweeps_what_a_runner_that_was_killed_left_beside_the_state_page(project: Project) -> None:
+    project.notebook("run.ipynb", "1")
+    assert project.grd("research", "run.ipynb").code == 0
+    planning = project.path / ".planning"
+    half, mine = planning / ".STATE.md.8a7b6c5d.tmp", planning / ".notes.tmp"
+    for path in (half, mine):
+        path.write_text("half")
+    listed = project.grd("gc", "--dry-run", "--json").json["removed"]
+    assert str(half) in [item["path"] for item in listed]
+    assert half.exists()
+    writing = take_lock(project.runs_dir / ".state-page.lock")
+    assert writing is not None
+    try:  # somebody writes the page just now: it is theirs
+        assert project.grd("gc").code == 0
+        assert half.exists()
+    finally:
+        os.close(writing)
+    assert project.grd("gc").code == 0
+    assert (half.exists(), mine.exists()) == (False, True)

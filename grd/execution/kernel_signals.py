@@ -91,6 +91,24 @@ def _leave_children_to_the_guardian(kernel: Any) -> None:
     kernel._progressively_terminate_all_children = leave_them
 
 
+def _flush_soon(stream: Any) -> None:
+    """Make it wait briefly for its last output to be sent, and say nothing where that is in vain: ipykernel
+    then writes to the kernel's real stderr, which is that of whoever runs the notebook."""
+    flush = stream.flush
+    stream.flush_timeout = FLUSH_SECONDS
+
+    def flush_quietly() -> None:
+        real = sys.__stderr__
+        with open(os.devnull, "w") as nowhere:
+            sys.__stderr__ = nowhere  # type: ignore[misc]
+            try:
+                flush()
+            finally:
+                sys.__stderr__ = real  # type: ignore[misc]
+
+    stream.flush = flush_quietly
+
+
 def _end_soon(kernel: Any) -> None:
     """ipykernel flushes its streams after it has answered a shutdown, while its main thread is ending the
     thread that would do it: now and then it then waits for that, in vain, longer than most graces."""
@@ -102,7 +120,7 @@ def _end_soon(kernel: Any) -> None:
     def end_soon(*request: Any) -> Any:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "flush_timeout"):
-                stream.flush_timeout = FLUSH_SECONDS
+                _flush_soon(stream)
         return shutdown(*request)
 
     handlers["shutdown_request"] = end_soon

@@ -14,6 +14,7 @@ import os
 import sys
 import zipfile
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +28,10 @@ TORCH_FORMAT = "torch"
 PLAIN_FORMAT = "grd-plain/1"
 _STATE_MEMBER = "grd-state.json"
 _CHUNK = 1 << 20
+_PIECE = 4 << 20
+"""Bytes written and hashed at one time: few enough to be still in the processor's cache for the second."""
+_WORTH_A_THREAD = 256 << 10
+"""Bytes from which hashing in another thread gains more than handing them over costs."""
 
 
 @dataclass(frozen=True)
@@ -39,33 +44,61 @@ class Written:
 
 
 class _HashingStream:
-    """A stream that hashes what goes through it, and keeps the first error instead of raising it.
+    """A stream that hashes what goes through it, beside the writing, and keeps the first error.
 
     The error must not pass through torch's C++ zip writer, whose destructor would end the process.
     """
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, hashing: ThreadPoolExecutor) -> None:
         self._stream = stream
+        self._hashing = hashing
         self._digest = xxhash.xxh3_128()
         self.size = 0
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        view = memoryview(data)
-        if self.error is None:
-            try:
-                self._stream.write(view)
-                self._digest.update(view)
-            except OSError as error:
-                self.error = error
+        view = memoryview(data).cast("B")
+        for start in range(0, view.nbytes, _PIECE):
+            if self.error is None:
+                self._write_and_hash(view[start : start + _PIECE])
         self.size += view.nbytes
         return view.nbytes
+
+    def _write_and_hash(self, piece: memoryview) -> None:
+        hashed = None
+        if piece.nbytes >= _WORTH_A_THREAD:
+            try:
+                hashed = self._hashing.submit(self._digest.update, piece)
+            except RuntimeError:
+                pass  # the interpreter is ending, and starts no threads any more
+        if hashed is None:
+            self._digest.update(piece)
+        try:
+            self._stream.write(piece)
+        except OSError as error:
+            self.error = error
+        finally:
+            if hashed is not None:
+                _wait_for(hashed)  # whatever happens: the caller's memory may be gone after this
 
     def flush(self) -> None:
         """Nothing to do: the file is flushed once, at its end."""
 
     def hexdigest(self) -> str:
         return str(self._digest.hexdigest())
+
+
+def _wait_for(hashed: Future[None]) -> None:
+    """Until it is done; an interruption meanwhile is raised after it."""
+    interruption: BaseException | None = None
+    while not hashed.done():
+        try:
+            hashed.exception()
+        except BaseException as error:
+            interruption = error
+    if interruption is not None:
+        raise interruption
+    hashed.result()
 
 
 def has_torch() -> bool:
@@ -114,8 +147,8 @@ def write(path: Path, prepared: Any) -> Written:
     Raises OSError, also for a full disk; the caller removes what was begun.
     """
     torch = _torch()
-    with open(path, "xb") as file:
-        stream = _HashingStream(file)
+    with open(path, "xb") as file, ThreadPoolExecutor(1, "grd-hashing") as hashing:
+        stream = _HashingStream(file, hashing)
         if torch is not None:
             torch.save(prepared, stream)
         else:

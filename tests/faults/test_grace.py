@@ -245,7 +245,7 @@ def test_a_killed_runners_guardian_gives_the_training_its_grace(project: Project
 @pytest.mark.parametrize("watches", [True, False], ids=["a handler of another cell", "no handler of signals"])
 def test_a_bare_save_is_not_cut_by_the_stop_nor_by_its_last_call(project: Project, watches: bool) -> None:
     made = f"handler = CheckpointHandler(checkpoint_dir, install_signal_handlers={watches})"
-    made += "\nhandler.save_checkpoint(0)  # imports torch"
+    made += "\nhandler.save_checkpoint(0)"
     save = "model.steps = 2\nhandler.save_checkpoint(2, model)\nprint('the save is over', flush=True)"
     process = start(
         project, MODEL, "model = Model(until=stopping)", made, save + "\ntime.sleep(600 * (not resume))",
@@ -318,7 +318,7 @@ def test_a_save_in_a_thread_goes_on_while_its_cell_is_interrupted(project: Proje
         made = (
             "threading.Thread(target=lambda: handler.save_checkpoint(2, model), daemon=True)\n"
             "handler = CheckpointHandler(checkpoint_dir, install_signal_handlers=False)\n"
-            "handler.save_checkpoint(0)  # imports torch, which an ending process cannot\n"
+            "handler.save_checkpoint(0)\n"
             "model.steps = 2"
         )
     cell = f"import threading\nthread = {made}\nthread.start()\n{WAIT}"
@@ -428,3 +428,4 @@ def test_a_kernel_whose_last_flush_nobody_answers_still_ends_within_the_grace(pr
     project.wait_for_output("the step begins")
     stop_by(project, "SIGTERM")
     check_polite_end(project, process, "sigterm")
+    assert "IOStream.flush" not in (project.only_run() / "attempts/1/runner.log").read_text()

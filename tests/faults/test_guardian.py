@@ -134,6 +134,7 @@ def resumes(project: Project) -> None:
     assert project.processes() == []
 
 
+@pytest.mark.usefixtures("torch_in_kernels")
 @pytest.mark.parametrize("cells", CELLS)
 @pytest.mark.parametrize("killed", KILLED, ids="+".join)
 def test_nothing_is_left_alive_after_sigkill_of(

@@ -120,6 +120,7 @@ def test_a_child_that_the_oom_killer_ended_before_is_no_evidence(
     ]
 
 
+@pytest.mark.usefixtures("torch_in_kernels")
 def test_a_worker_that_the_oom_killer_ends_is_the_error_that_torch_raises(project: Project) -> None:
     pytest.importorskip("torch")
     cgroup = require(MemoryCgroup(2 * LIMIT_MIB))

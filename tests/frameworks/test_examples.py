@@ -15,7 +15,7 @@ from conftest import Project, wait_until
 
 from grd.files import shipped_file
 
-pytestmark = pytest.mark.frameworks
+pytestmark = [pytest.mark.frameworks, pytest.mark.usefixtures("torch_in_kernels")]
 
 NEEDS = {
     "train_lightning.ipynb": "pytorch_lightning",
