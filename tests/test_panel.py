@@ -202,13 +202,24 @@ def runs_of(project: Project) -> list[Path]:
     return [path for path in project.run_folders() if not path.name.startswith(".")]
 
 
+HOLDS_GPU_MEMORY = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from nvml_replay import H200, Machine, process
+busy = H200.but(GetComputeRunningProcesses=[process(os.getpid(), 9000)])
+sys.modules["pynvml"] = Machine([busy]).module()
+"""
+
+
 @pytest.mark.faults
 def test_a_double_click_starts_one_run_and_stop_ends_it(attended: Kernel, known: Project) -> None:
     buttons = Buttons(attended)
+    assert attended.type(HOLDS_GPU_MEMORY).ok
     asked = attended.type(f"run = %grd {LONG}")
     assert asked.ok, asked
     (display,) = asked.shown
     assert WIDGET in display and f"%grd {LONG} --budget" in display["text/plain"]
+    assert "holds GPU memory" in display["text/plain"] and "9000 MiB" in display["text/plain"]
     assert len(runs_of(known)) == 1
     early = attended.type("run.state")
     assert not early.ok and "answer in its panel" in early.content["evalue"]
