@@ -153,6 +153,7 @@ def loaded(kernel: Kernel) -> Kernel:
     return kernel
 
 
+@pytest.mark.usefixtures("torch_in_kernels")  # so that it could be imported
 def test_loading_and_looking_load_no_heavy_package(kernel: Kernel, project: Project) -> None:
     before = set(kernel.value(f"[n for n in {HEAVY!r} if n in __import__('sys').modules]"))
     assert before == set()
