@@ -207,6 +207,7 @@ print((peak() - before) / 160e6)
 """
 
 
+@pytest.mark.faults
 def test_any_number_of_saves_takes_the_memory_of_one_copy(tmp_path: Path) -> None:
     done = run(MEMORY, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -366,6 +367,7 @@ keeper.save_checkpoint(0, {"w": torch.ones(20_000_000)})
 """
 
 
+@pytest.mark.faults
 def test_a_process_that_ends_waits_for_its_save(tmp_path: Path) -> None:
     assert run(ENDS, tmp_path).returncode == 0
     loaded = handler(tmp_path).load_checkpoint()

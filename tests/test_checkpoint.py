@@ -461,6 +461,7 @@ for epoch in range(int(sys.argv[2]), 30, 3):
 """
 
 
+@pytest.mark.faults
 def test_processes_that_save_into_one_folder_at_once_do_not_harm_each_other(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", MANY, str(tmp_path)]
@@ -519,6 +520,7 @@ def test_saving_lower_epochs_than_a_stranger_left_still_wins(tmp_path: Path) -> 
     assert loaded is not None and loaded["model_state"] == {"run": "new"}
 
 
+@pytest.mark.faults
 def test_a_continued_folder_keeps_its_lineage(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom grd.experiment import CheckpointHandler\n"

@@ -120,6 +120,7 @@ def test_without_a_good_one_it_says_that_a_resume_begins_anew(saved: tuple[Proje
     assert shown.code == 0 and "would begin anew" in shown.out
 
 
+@pytest.mark.faults
 def test_pruning_leaves_two_good_ones_and_says_before_what_it_would_do(project: Project) -> None:
     project.notebook("saves.ipynb", SAVES, parameters=PARAMETERS)
     assert project.grd("research", "saves.ipynb").code == 0

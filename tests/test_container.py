@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import psutil
+import pytest
 from conftest import Project, cannot_be_had, wait_until
 
 NEW_NAMESPACE = ["unshare", "--fork", "--pid", "--mount-proc"]
@@ -32,6 +33,7 @@ def can_make_a_pid_namespace() -> bool:
     return subprocess.run([*NEW_NAMESPACE, "true"], capture_output=True, check=False).returncode == 0
 
 
+@pytest.mark.faults
 def test_sigterm_to_process_1_of_a_container_saves_and_the_run_is_resumed_outside(project: Project) -> None:
     if not can_make_a_pid_namespace():
         cannot_be_had("no PID namespace can be made here")

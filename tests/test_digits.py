@@ -92,7 +92,7 @@ INTERRUPTIONS: dict[str, tuple[list[str], Callable[[Project, int], None], str]] 
 }
 
 
-OFTEN = ("SIGTERM to the runner", "kill -9 of the kernel")
+OFTEN = ("kill -9 of the kernel",)
 """With every change; the others, which differ from them in little, in the fault suite."""
 
 

@@ -101,6 +101,7 @@ def test_the_deadline_is_the_whole_notebooks_not_each_cells(tmp_path: Path) -> N
     assert "completed" in found
 
 
+@pytest.mark.faults
 def test_a_cell_that_swallows_the_interrupt_is_killed_when_the_grace_is_over(tmp_path: Path) -> None:
     stubborn = "import time\nwhile True:\n  try:\n    time.sleep(1)\n  except KeyboardInterrupt:\n    pass"
     write_notebook(tmp_path / "in.ipynb", stubborn, "print('never')")
@@ -182,6 +183,7 @@ def test_output_to_stdout_and_working_folder_are_papermills(tmp_path: Path) -> N
     assert shown.cells[-1].outputs[0].text.strip() == str(tmp_path / "work")
 
 
+@pytest.mark.faults
 def test_the_engine_works_through_papermills_python_interface_and_in_a_thread(tmp_path: Path) -> None:
     write_notebook(tmp_path / "in.ipynb", "import time; time.sleep(60)", "print('never')")
     script = (

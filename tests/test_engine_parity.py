@@ -170,6 +170,7 @@ def test_outputs_magics_parameters_and_report_mode_give_the_same_document(tmp_pa
     assert "this cell is skipped" not in json.dumps([cell["outputs"] for cell in code])
 
 
+@pytest.mark.faults
 def test_widget_state_is_stored_with_what_output_widgets_captured(tmp_path: Path) -> None:
     source = notebook(
         "import ipywidgets as widgets\nslider = widgets.IntSlider(3)\nslider",
@@ -273,6 +274,7 @@ def test_a_keyboard_interrupt_that_nobody_asked_for_is_papermills_execution_erro
     assert ours.statuses == ["interrupted", "pending"]
 
 
+@pytest.mark.faults
 def test_the_time_limit_of_a_cell_raises_papermills_error_and_saves_its_output(tmp_path: Path) -> None:
     slow = notebook("print('so far', flush=True)\nimport time; time.sleep(60)", "print('after')")
     theirs, ours = both(tmp_path, slow, execution_timeout=3)

@@ -191,6 +191,7 @@ def test_a_stop_while_the_epoch_is_saved_ends_the_loop_and_saves_no_second_time(
     assert (saved, experiment.current_epoch) == ([0], 4)
 
 
+@pytest.mark.faults
 def test_a_process_that_ends_waits_for_a_save_in_a_daemon_thread(tmp_path: Path) -> None:
     script = Script(
         f"""

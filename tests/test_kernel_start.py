@@ -154,6 +154,7 @@ def test_the_whole_stderr_is_in_the_log_and_only_its_end_in_the_record(project: 
     assert log.count("noise") == 60000
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -316,6 +317,7 @@ def test_papermills_start_timeout_is_kept(project: Project) -> None:
     assert left_alive(project) == []
 
 
+@pytest.mark.faults
 def test_papermills_users_get_another_try_after_a_lost_port_and_all_stderr(project: Project) -> None:
     writer = """
 if count == 1 and os.fork() == 0:

@@ -73,6 +73,7 @@ def test_a_run_of_another_host_lives_as_long_as_its_heartbeat(running: Project) 
     assert (shown["state"], shown["cause"]) == ("interrupted", "host_lost")
 
 
+@pytest.mark.faults
 def test_without_flock_a_live_runner_is_running_and_a_dead_one_is_not(
     project: Project, tmp_path: Path
 ) -> None:

@@ -89,6 +89,7 @@ def _steps(project: Project) -> list[dict[str, Any]]:
     return [e for _, e in read_json_lines(path) if e["kind"] in ("step_start", "step_end")]
 
 
+@pytest.mark.faults
 def test_a_failed_cycle_is_tried_again_and_not_skipped_and_the_loop_gives_up_in_the_end(
     project: Project,
 ) -> None:
@@ -110,6 +111,7 @@ def test_a_failed_cycle_is_tried_again_and_not_skipped_and_the_loop_gives_up_in_
     assert [a["state"] for a in project.record(runs[0])["attempts"]] == ["failed", "failed", "completed"]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, "--stop"])
 def test_a_loop_stops_while_a_notebook_runs_and_goes_on_with_the_same_cycle(
     project: Project, how: signal.Signals | str
@@ -150,6 +152,7 @@ def test_a_loop_stops_while_it_sleeps(project: Project) -> None:
     assert memory(project)["state"] == "ended"
 
 
+@pytest.mark.faults
 def test_a_cycle_has_a_cap_and_nobody_who_could_agree_to_more_ends_the_loop(project: Project) -> None:
     (project.path.parent / "config" / "grd" / "config.toml").write_text("")
     plan(project, notebooks=[step(project, "long", timeout="3h")])

@@ -56,6 +56,7 @@ def test_output_that_comes_faster_than_it_is_read_is_all_kept(project: Project) 
     assert text_of(after) == "after\n"
 
 
+@pytest.mark.faults
 def test_output_that_comes_long_after_the_cells_reply_takes_none_from_the_next_cell(project: Project) -> None:
     held_back = (
         "import time\n"
@@ -94,6 +95,7 @@ def test_a_kernel_that_drops_output_does_not_hang_the_run_and_the_loss_is_told(p
     assert text_of(after) == "after\n"
 
 
+@pytest.mark.faults
 def test_pieces_of_a_stream_become_few_outputs(project: Project) -> None:
     (outputs,) = run(project, "for number in range(5_000): print(number, flush=True)")
     assert text_of(outputs).splitlines() == [str(number) for number in range(5_000)]

@@ -115,6 +115,7 @@ def test_every_epoch_is_seen_by_another_process_within_a_second(project: Project
     assert min(lags) < 1.0, lags
 
 
+@pytest.mark.faults
 def test_with_json_the_events_are_json_lines_on_stderr_and_stdout_is_one_object(project: Project) -> None:
     project.notebook("train.ipynb", TRAIN, parameters=PARAMETERS)
     done = project.grd("research", "train.ipynb", "--json")
@@ -126,6 +127,7 @@ def test_with_json_the_events_are_json_lines_on_stderr_and_stdout_is_one_object(
     assert (quiet.code, quiet.err) == (0, "")
 
 
+@pytest.mark.faults
 def test_wait_shows_the_progress_of_each_run_it_waits_for(project: Project) -> None:
     project.notebook("train.ipynb", TRAIN, parameters=PARAMETERS)
     names = []
@@ -190,6 +192,7 @@ for epoch, step in train_with_progress(num_epochs=2, steps_per_epoch=4):
 """
 
 
+@pytest.mark.faults
 def test_an_epoch_has_a_bar_of_its_own_that_goes_at_its_end_and_after_an_error(
     project: Project,
 ) -> None:
@@ -201,6 +204,7 @@ def test_an_epoch_has_a_bar_of_its_own_that_goes_at_its_end_and_after_an_error(
         assert "Training" in frames[-1] and "Epoch" not in frames[-1], frames[-3:]
 
 
+@pytest.mark.faults
 def test_the_bars_of_several_runs_stand_together(project: Project) -> None:
     project.notebook("train.ipynb", TRAIN, parameters=PARAMETERS)
     names = [
@@ -277,6 +281,7 @@ def test_steps_and_samples_are_counted_in_all_passes_and_the_position_never_fall
     assert f"rates       {shown['samples_per_second']:.4g} samples/s, " in status and "steps/s" in status
 
 
+@pytest.mark.faults
 def test_what_a_loader_does_not_tell_is_unknown_and_not_guessed(project: Project) -> None:
     cell = (
         "import time\nfrom grd.experiment import training\n"

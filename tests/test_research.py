@@ -144,6 +144,7 @@ def test_a_second_ctrl_c_kills_at_once(project: Project) -> None:
     assert project.processes() == []
 
 
+@pytest.mark.faults
 def test_the_timeout_bounds_one_attempt_and_the_budget_all_of_them(project: Project) -> None:
     project.notebook("train.ipynb", TICKS, parameters=PARAMETERS)
     first = project.grd("research", "train.ipynb", "--timeout", "12s", "--budget", "20s", "--json")
@@ -197,6 +198,7 @@ def test_a_run_outlives_the_process_that_started_it(project: Project) -> None:
     wait_until(lambda: project.record()["state"] == "completed", "the record")
 
 
+@pytest.mark.faults
 def test_only_one_process_executes_a_run(project: Project) -> None:
     project.notebook("train.ipynb", TICKS, parameters=PARAMETERS)
     process = project.start("research", "train.ipynb", "--timeout", "5m")
@@ -221,6 +223,7 @@ def test_a_completed_run_is_resumed_only_if_something_changed(project: Project) 
     assert outputs(project.only_run()) == "epoch 2\nepoch 3\n"
 
 
+@pytest.mark.faults
 def test_resume_goes_back_to_a_named_epoch_and_refuses_one_that_is_not_there(project: Project) -> None:
     project.notebook("train.ipynb", TRAIN, parameters=PARAMETERS)
     assert project.grd("research", "train.ipynb", "-p", "seconds", "0.6").code == 0
@@ -232,6 +235,7 @@ def test_resume_goes_back_to_a_named_epoch_and_refuses_one_that_is_not_there(pro
     assert (back.json["lineage"], back.json["metrics"]["final"]) == (2, 10)
 
 
+@pytest.mark.faults
 def test_a_changed_original_is_pointed_out_but_not_used(project: Project) -> None:
     project.notebook("train.ipynb", "print('old')\n1 / 0", parameters=PARAMETERS)
     assert project.grd("research", "train.ipynb").code == 1

@@ -64,6 +64,7 @@ def test_a_kernel_that_dies_is_resumed_by_itself_to_the_end(project: Project) ->
     assert project.processes() == []
 
 
+@pytest.mark.faults
 def test_the_last_attempt_is_the_last_and_status_says_so(project: Project) -> None:
     started = research(project, "dies", "--max-attempts", "2", "--detach", "--json")
     assert started.code == 0, started.err
@@ -79,6 +80,7 @@ def test_the_last_attempt_is_the_last_and_status_says_so(project: Project) -> No
     assert project.record()["retry"]["from_attempt"] == 3
 
 
+@pytest.mark.faults
 def test_a_notebook_error_is_retried_only_where_that_was_asked(project: Project) -> None:
     failed = research(project, "errs once", "--max-attempts", "3")
     assert failed.code == 1
@@ -111,6 +113,7 @@ def test_a_wait_for_the_next_attempt_is_told_and_can_be_stopped(project: Project
     assert project.grd("rm", run.name).code == 0
 
 
+@pytest.mark.faults
 def test_who_resumes_during_the_wait_need_not_wait(project: Project) -> None:
     assert research(project, "dies once", "--max-attempts", "3", "--detach", late=True).code == 0
     run = project.only_run()
@@ -120,6 +123,7 @@ def test_who_resumes_during_the_wait_need_not_wait(project: Project) -> None:
     wait_until(lambda: not retriers(project), "the retrier ends with the run")
 
 
+@pytest.mark.faults
 def test_a_deadline_is_gone_beyond_only_within_a_budget(project: Project) -> None:
     ended = research(project, "sleeps once", "--timeout", "6", "--grace", "1", "--max-attempts", "3")
     record = project.record()

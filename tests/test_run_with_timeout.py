@@ -333,6 +333,7 @@ def test_calls_leave_no_descriptor_and_no_zombie() -> None:
     assert psutil.Process().children() == []
 
 
+@pytest.mark.faults
 def test_a_notebook_can_limit_a_command(project: Project) -> None:
     command = program(project.path, LEFT["a daemon"], "print('so far', flush=True)", SLEEP)
     attempt = f"import grd\ntry:\n    grd.run_with_timeout({command!r}, 2)\n"
@@ -356,6 +357,7 @@ except TimeoutError as error:
 """
 
 
+@pytest.mark.faults
 def test_where_there_can_be_no_guardian_session_and_mark_do(tmp_path: Path) -> None:
     unseen = "subprocess.Popen(deaf, start_new_session=True)"
     command = program(

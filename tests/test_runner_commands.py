@@ -125,6 +125,7 @@ def test_two_calls_with_one_key_at_once_start_one_run(project: Project) -> None:
     assert project.record(run)["attempt"] == 1
 
 
+@pytest.mark.faults
 def test_a_key_with_other_parameters_is_refused(project: Project) -> None:
     project.notebook("train.ipynb", TRAIN, parameters=PARAMETERS)
     assert project.grd("research", "train.ipynb", "-p", "epochs", "2", "--key", "k").code == 0
@@ -148,6 +149,7 @@ def test_a_key_resumes_what_was_interrupted_and_what_failed_once_it_was_edited(p
     assert trained(project) == [0, 1, 2, 3]
 
 
+@pytest.mark.faults
 def test_a_slurm_job_has_a_key_of_its_own_and_goes_on_when_it_is_requeued(project: Project) -> None:
     project.notebook("train.ipynb", TRAIN, parameters=PARAMETERS)
     slurm = {"SLURM_JOB_ID": "4242", "SLURM_ARRAY_JOB_ID": "4200", "SLURM_ARRAY_TASK_ID": "7"}
@@ -164,6 +166,7 @@ def test_a_slurm_job_has_a_key_of_its_own_and_goes_on_when_it_is_requeued(projec
     assert (sibling.code, sibling.json["run_id"] != requeued.json["run_id"]) == (0, True)
 
 
+@pytest.mark.faults
 def test_all_interrupted_runs_are_resumed_and_the_rest_is_left_alone(project: Project) -> None:
     project.notebook("train.ipynb", TRAIN, parameters=PARAMETERS)
     project.notebook("good.ipynb", "1")
@@ -185,6 +188,7 @@ def test_all_interrupted_runs_are_resumed_and_the_rest_is_left_alone(project: Pr
     assert project.grd("resume").code == project.grd("resume", runs[0], "--all-interrupted").code == 2
 
 
+@pytest.mark.faults
 def test_the_command_at_the_end_knows_the_run_and_may_resume_it(project: Project) -> None:
     project.notebook("train.ipynb", TRAIN, parameters=PARAMETERS)
     grd = shlex.join([sys.executable, "-m", "grd"])
@@ -204,6 +208,7 @@ def test_the_command_at_the_end_knows_the_run_and_may_resume_it(project: Project
     assert trained(project) == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.faults
 def test_rm_refuses_a_run_under_way_and_dry_runs_delete_nothing(project: Project) -> None:
     project.notebook("ticks.ipynb", TICKS)
     run = detached(project, "ticks.ipynb")["run_id"]
@@ -279,6 +284,7 @@ def test_a_grace_that_cannot_be_used_is_an_error_before_anything_starts(project:
     assert not project.runs_dir.exists()
 
 
+@pytest.mark.faults
 def test_a_limit_of_months_and_a_grace_longer_than_the_limit_are_limits_like_others(project: Project) -> None:
     project.notebook("one.ipynb", "1")
     for limits in (("--timeout", "60d"), ("--timeout", "5m", "--grace", "10m")):
@@ -295,6 +301,7 @@ def test_a_setting_that_cannot_be_used_is_exit_78_with_its_place(project: Projec
         assert "grd.toml" in bad.err
 
 
+@pytest.mark.faults
 def test_logs_follow_goes_on_from_the_tail_to_the_end(project: Project) -> None:
     project.notebook("train.ipynb", TRAIN, "print('the end')", parameters=PARAMETERS)
     run = detached(project, "train.ipynb", "-p", "seconds", "0.8")["run_id"]
@@ -322,6 +329,7 @@ def test_events_since_an_offset_are_exactly_the_rest(project: Project) -> None:
     assert project.grd("events", run, "--since", str(second[-1]["offset"])).out == ""
 
 
+@pytest.mark.faults
 def test_a_record_of_a_newer_version_is_read_said_and_kept(project: Project) -> None:
     project.notebook("train.ipynb", TRAIN, parameters=PARAMETERS)
     assert project.grd("research", "train.ipynb").code == 0
