@@ -11,6 +11,7 @@ is left of them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -92,14 +93,24 @@ def _leave_children_to_the_guardian(kernel: Any) -> None:
 
 
 def _flush_soon(stream: Any) -> None:
-    """Make it wait briefly for its last output to be sent, and say nothing where that is in vain: ipykernel
-    then writes to the kernel's real stderr, which is that of whoever runs the notebook."""
+    """Make it wait briefly for its last output to be sent, and say nothing where that is in vain.
+
+    ipykernel asks the thread that sends, which the main thread may have ended in the same moment: the
+    question is put through a socket that blocks for ever where nobody is left to hear it, and is waited for
+    10 s otherwise; then it complains to the kernel's real stderr, which is that of whoever runs the notebook.
+    """
+    import zmq
+
     flush = stream.flush
     stream.flush_timeout = FLUSH_SECONDS
+    with contextlib.suppress(zmq.ZMQError):
+        asking = getattr(stream.pub_thread, "_event_pipe", None)  # this thread's own
+        if asking is not None:
+            asking.sndtimeo = int(FLUSH_SECONDS * 1000)
 
     def flush_quietly() -> None:
         real = sys.__stderr__
-        with open(os.devnull, "w") as nowhere:
+        with open(os.devnull, "w") as nowhere, contextlib.suppress(zmq.ZMQError):
             sys.__stderr__ = nowhere  # type: ignore[misc]
             try:
                 flush()

@@ -405,14 +405,15 @@ def test_papermills_users_hear_that_the_grace_was_too_short(project: Project) ->
 
 
 NEVER_FLUSHED = """
-import sys, time
+import sys, threading, time
 kernel = get_ipython().kernel
 answer = kernel.control_handlers["shutdown_request"]
 
-def answer_and_lose_the_thread(*request):
+async def answer_and_lose_the_thread(*request):
     # as when the main thread ends it between the answer and the flush
-    sys.stdout.pub_thread.schedule = lambda call: None
-    return answer(*request)
+    await answer(*request)
+    sender = sys.stdout.pub_thread
+    LOSE
 
 if not resume:
     kernel.control_handlers["shutdown_request"] = answer_and_lose_the_thread
@@ -420,11 +421,23 @@ if not resume:
     while True:
         time.sleep(0.1)
 """
+LOST = {
+    "asked in vain": "sender.schedule = lambda call: None",
+    "never asked, for the question blocks": (
+        "sender.io_loop.add_callback(sender.io_loop.stop)\n"
+        "    sender.thread.join()\n"  # which closes the end of the pipe that hears
+        "    sender.thread = threading.Thread(target=time.sleep, args=(2,))\n"
+        "    sender.thread.start()  # ended a moment too late to be seen"
+    ),
+}
 
 
-def test_a_kernel_whose_last_flush_nobody_answers_still_ends_within_the_grace(project: Project) -> None:
-    """ipykernel waits 10 s for that."""
-    process = start(project, NEVER_FLUSHED, options=("--grace", "8s"))
+@pytest.mark.parametrize("lost", LOST)
+def test_a_kernel_whose_last_flush_nobody_answers_still_ends_within_the_grace(
+    project: Project, lost: str
+) -> None:
+    """ipykernel waits 10 s for that, or for ever."""
+    process = start(project, NEVER_FLUSHED.replace("LOSE", LOST[lost]), options=("--grace", "8s"))
     project.wait_for_output("the step begins")
     stop_by(project, "SIGTERM")
     check_polite_end(project, process, "sigterm")
