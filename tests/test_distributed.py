@@ -139,7 +139,7 @@ def workers(place: Path) -> list[psutil.Process]:
 
 
 @pytest.fixture
-def distributed_project(project: Project) -> Project:
+def distributed_project(torch_in_kernels: None, project: Project) -> Project:
     """A project whose notebook trains in two processes."""
     (project.path / "train_ddp.py").write_text(TRAIN)
     project.notebook("ddp.ipynb", NOTEBOOK, parameters="checkpoint_dir = None\nresume = False")
