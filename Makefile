@@ -55,7 +55,7 @@ test-tensorflow: $(TENSORFLOW)/.installed  ## what TensorFlow tells of the hardw
 	$(TENSORFLOW)/bin/python -m pytest tests/test_tensorflow.py
 
 test-mlflow: $(MLFLOW)/.installed  ## runs sent to a real MLflow: its sqlite store, and a server that is stopped
-	$(MLFLOW)/bin/python -m pytest -n 2 --dist load -m mlflow
+	$(MLFLOW)/bin/python -m pytest -n 2 --dist load -m mlflow tests/test_mlflow.py
 
 test-mcp: $(MCP)/.installed  ## grd mcp with the SDK's own client, in memory and over stdio
 	$(MCP)/bin/python -m pytest -n 2 --dist load -m mcp tests/test_mcp.py
