@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import json
 import os
@@ -19,6 +20,7 @@ import nbformat
 import psutil
 import pytest
 
+import grd
 from grd.files import read_json_lines
 
 LIMIT_SECONDS = 120.0
@@ -213,6 +215,13 @@ class Project:
                 ):
                     found.append(process)
         return found
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With grd's bytecode in place, as where it is installed: under PYTHONDONTWRITEBYTECODE each of the
+    thousands of processes that the tests start would compile all that it imports."""
+    if not hasattr(config, "workerinput"):
+        compileall.compile_dir(str(Path(grd.__file__).parent), quiet=1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
