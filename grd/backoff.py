@@ -6,7 +6,6 @@ that failed together do not come back together.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import random
@@ -117,6 +116,8 @@ def _stopped(seconds: float, stop: threading.Event | None) -> bool:
 
 async def _stopped_async(seconds: float, stop: threading.Event | None) -> bool:
     if stop is None:
+        import asyncio  # commands that only look must not pay for it
+
         await asyncio.sleep(seconds)
         return False
     give_up = time.monotonic() + seconds

@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -291,6 +292,23 @@ def test_a_run_that_goes_between_the_list_and_its_record_is_left_out(many: Proje
     assert shown == [entries[2].folder.run_id]
     with pytest.raises(ConfigurationError):
         entries[1].record()
+
+
+def test_a_writer_waits_where_sqlite_does_not(tmp_path: Path) -> None:
+    """A database that is being made by another is not in WAL mode yet, and cannot be put into it meanwhile:
+    SQLite then refuses at once, whatever its timeout is."""
+    path = tmp_path / "i.sqlite3"
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("CREATE TABLE theirs (x)")
+    other.execute("BEGIN IMMEDIATE")
+    leave = threading.Timer(0.5, other.execute, ["COMMIT"])
+    leave.start()
+    row = Row(Stamp(1, 2, 3, 4), contract.FAILED)
+    assert not RunIndex(path, wait_seconds=0.0).note(tmp_path, {"run": row})
+    assert RunIndex(path, wait_seconds=60.0).note(tmp_path, {"run": row})
+    leave.join()
+    other.close()
+    assert RunIndex(path).rows(tmp_path) == {"run": row}
 
 
 WRITER = """

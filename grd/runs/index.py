@@ -12,11 +12,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import random
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grd import contract
 from grd.settings import state_dir
@@ -29,6 +30,9 @@ VERSION = 1
 
 LOOK_SECONDS = 0.5
 """How long somebody who only looks waits for others that write; then the index is done without."""
+
+LONGEST_PAUSE_SECONDS = 0.02
+"""Between two tries to write."""
 
 UNUSED_DAYS = 90
 """Indexes of other hosts, such as containers that are gone, are removed once nobody wrote them so long."""
@@ -91,10 +95,11 @@ class RunIndex:
                     "WHERE place = (SELECT id FROM places WHERE path = ?)",
                     (_key(runs_dir),),
                 )
+                ended = contract.ENDED_STATES
                 return {
                     name: Row(Stamp(mtime, ctime, size, inode), state)
                     for name, mtime, ctime, size, inode, state in found
-                    if state in contract.ENDED_STATES
+                    if state in ended
                 }
         except sqlite3.Error as error:
             self._after(error)
@@ -111,37 +116,46 @@ class RunIndex:
             return False
         import sqlite3
 
-        forgotten = list(gone)
+        forgotten = [(name,) for name in gone]
         values = [
             (name, *row.stamp, row.state)
             for name, row in rows.items()
             if row.state in contract.ENDED_STATES and name.isprintable()  # SQLite's text is UTF-8
         ]
-        try:
-            is_new = not self.path.exists()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.closing(self._open()) as database:
-                # At once for writing: a reader that turns writer is refused without being waited for.
-                database.execute("BEGIN IMMEDIATE")
-                if not _prepare(database):
+        give_up, is_new = time.monotonic() + self._wait_seconds, False
+        while True:
+            try:
+                is_new = is_new or not self.path.exists()
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                written = self._write(_key(runs_dir), values, forgotten)
+                break
+            except sqlite3.Error as error:
+                # SQLite itself does not wait where a database is just turned to WAL, or its last user leaves.
+                if not _is_busy(error) or time.monotonic() >= give_up:
+                    self._after(error)
                     return False
-                place = _place(database, _key(runs_dir))
-                database.executemany(
-                    "INSERT OR REPLACE INTO runs (place, name, mtime_ns, ctime_ns, size, inode, state) "
-                    f"VALUES ({place}, ?, ?, ?, ?, ?, ?)",
-                    values,
-                )
-                database.executemany(
-                    f"DELETE FROM runs WHERE place = {place} AND name = ?", [(name,) for name in forgotten]
-                )
-                database.execute("COMMIT")
-        except sqlite3.Error as error:
-            self._after(error)
-            return False
-        except OSError:
-            return False
-        if is_new:
+                time.sleep(random.uniform(0.001, LONGEST_PAUSE_SECONDS))
+            except OSError:
+                return False
+        if is_new and written:
             self._sweep()
+        return written
+
+    def _write(self, key: bytes, values: Sequence[tuple[Any, ...]], forgotten: Sequence[tuple[str]]) -> bool:
+        """One transaction; False if the index is a newer grd's. Raises sqlite3.Error."""
+        with contextlib.closing(self._open()) as database:
+            # At once for writing: a reader that turns writer is refused without being waited for.
+            database.execute("BEGIN IMMEDIATE")
+            if not _prepare(database):
+                return False
+            place = _place(database, key)
+            database.executemany(
+                "INSERT OR REPLACE INTO runs (place, name, mtime_ns, ctime_ns, size, inode, state) "
+                f"VALUES ({place}, ?, ?, ?, ?, ?, ?)",
+                values,
+            )
+            database.executemany(f"DELETE FROM runs WHERE place = {place} AND name = ?", forgotten)
+            database.execute("COMMIT")
         return True
 
     def forget_places(self) -> None:
@@ -193,6 +207,13 @@ class RunIndex:
                 with contextlib.suppress(OSError):
                     if path.stat().st_mtime < limit:
                         path.unlink()
+
+
+def _is_busy(error: sqlite3.Error) -> bool:
+    import sqlite3
+
+    primary = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest says more of why
+    return primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
 
 
 def _has_sqlite() -> bool:

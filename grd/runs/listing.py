@@ -49,7 +49,7 @@ def list_all(runs_dir: Path, *, index: RunIndex | None = None) -> list[Listed]:
 
     ``index``: by default this host's.
     """
-    stamps = dict(_stamps(runs_dir))
+    stamps = _stamps(runs_dir)
     index = (index or RunIndex()) if len(stamps) >= FEWEST_INDEXED else None
     known = index.rows(runs_dir) if index is not None else {}
     prefix = f"{runs_dir}{os.sep}"
@@ -83,15 +83,19 @@ def records(entries: list[Listed]) -> Iterator[tuple[RunFolder, RunRecord]]:
             yield entry.folder, entry.record()
 
 
-def _stamps(runs_dir: Path) -> Iterator[tuple[str, Stamp]]:
+def _stamps(runs_dir: Path) -> dict[str, Stamp]:
+    stamps: dict[str, Stamp] = {}
     try:
         names = [entry.name for entry in os.scandir(runs_dir) if not entry.name.startswith(".")]
         place = os.open(runs_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
-        return
+        return stamps
     try:
         for name in names:
-            with contextlib.suppress(OSError):
-                yield name, Stamp.of(os.stat(f"{name}/run.json", dir_fd=place))
+            try:  # as suppress() would, ten thousand times
+                stamps[name] = Stamp.of(os.stat(name + "/run.json", dir_fd=place))
+            except OSError:
+                continue
     finally:
         os.close(place)
+    return stamps
