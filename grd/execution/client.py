@@ -30,6 +30,9 @@ the kernel's death end this wait too."""
 QUIET_SECONDS = 5.0
 """After a cell's reply: how long its output may be coming in before the kernel is asked whether it is."""
 
+LOOK_SECONDS = 0.5
+"""How often a cell that was interrupted and does not answer is looked at."""
+
 INTERRUPTED_STATUS = "interrupted"
 INTERRUPTING_ERRORS = ("ExperimentInterrupted", "KeyboardInterrupt")
 
@@ -126,6 +129,9 @@ class GrdNotebookClient(StartingClient):
         self.lost_output = False
         self._questions: set[str] = set()
         self._reader: MessageReader | None = None
+        self._replied = False
+        self._asks_in_turn = False
+        """Whether the kernel is known to answer its requests one after the other."""
         self.ran_all = False
         self.cell_error: CellExecutionError | None = None
         self.current_cell: int | None = None
@@ -141,7 +147,7 @@ class GrdNotebookClient(StartingClient):
         if named == "local-provisioner":
             spec.metadata["kernel_provisioner"] = {"provisioner_name": provisioner.NAME, "config": {}}
         # Other kernels drop what waits for us; an IPython kernel waits instead (kernel_outputs).
-        waits = provisioner.is_ipykernel(spec.argv)
+        self._asks_in_turn = waits = provisioner.is_ipykernel(spec.argv)
         manager.client_factory = PromptKernelClient if waits else UnlimitedKernelClient
         return manager
 
@@ -220,9 +226,46 @@ class GrdNotebookClient(StartingClient):
     async def _async_poll_for_reply(
         self, msg_id: str, cell: Any, timeout: int | None, rest_of_output: Any, kernel_alive: Any
     ) -> Any:
-        """The cell's reply, once its output has all come or is known to be lost."""
+        """The cell's reply, once its output has all come or is known to be lost.
+
+        Raises CellExecutionError if the kernel has dropped the cell: an interrupt between a request's arrival
+        and its cell takes the request away from ipykernel, which then waits for the next.
+        """
+        self._replied = False
         rest = _RestOfOutput(self, rest_of_output)
-        return await super()._async_poll_for_reply(msg_id, cell, timeout, rest, kernel_alive)
+        polling = asyncio.ensure_future(
+            super()._async_poll_for_reply(msg_id, cell, timeout, rest, kernel_alive)
+        )
+        question: str | None = None
+        try:
+            while True:
+                done, _ = await asyncio.wait({polling}, timeout=LOOK_SECONDS)
+                if done:
+                    return polling.result()
+                if question is None:
+                    if self._asks_in_turn and (self.stopper.interrupted or self.timed_out is not None):
+                        question = await self._ask()
+                elif self._answered == question and not self._replied:
+                    kernel_alive.cancel()
+                    lost_before = self.lost_output
+                    await asyncio.wait({rest_of_output}, timeout=QUIET_SECONDS)
+                    self.lost_output = lost_before
+                    raise CellExecutionError("", "KeyboardInterrupt", "the cell had not begun")
+        finally:
+            polling.cancel()
+
+    async def _ask(self) -> str:
+        """Ask the kernel something that it answers after the cell; the id of the question."""
+        assert self.kc is not None
+        question = str(await ensure_async(self.kc.kernel_info()))
+        self._questions.add(question)
+        return question
+
+    @property
+    def _answered(self) -> str | None:
+        """The last question to which the answer has come."""
+        assert self.kc is not None
+        return getattr(self.kc.shell_channel, "answered", None)
 
     async def _async_handle_timeout(self, timeout: int, cell: Any = None) -> Any:
         """Remember that the cell's own time limit, and nobody's stop, is why it is interrupted."""
@@ -254,20 +297,20 @@ class GrdNotebookClient(StartingClient):
         A kernel that publishes faster than it is read may drop the message that says so. Its channel is in
         order: when it answers a question asked after the reply, nothing of the cell can come any more.
         """
-        assert self.kc is not None
+        self._replied = True
         while True:
             done, _ = await asyncio.wait([task], timeout=QUIET_SECONDS)
             if done:
                 await task
                 return
-            self._questions.add(str(await ensure_async(self.kc.kernel_info())))
+            await self._ask()
 
     async def _check_raise_for_error(self, cell: Any, cell_index: int, exec_reply: Any) -> None:
         """A cell that the kernel says it aborted did not complete, whatever nbclient makes of it."""
         await super()._check_raise_for_error(cell, cell_index, exec_reply)
         status = exec_reply["content"].get("status") if exec_reply is not None else None
         if status in ("abort", "aborted"):
-            raise CellExecutionError("", "the kernel aborted the cell", "KeyboardInterrupt", "")
+            raise CellExecutionError("", "KeyboardInterrupt", "the kernel aborted the cell")
 
     def output(self, outs: list[Any], msg: Any, display_id: str | None, cell_index: int) -> Any:
         """Append an output, in the notebook and in the journal."""

@@ -42,6 +42,9 @@ class TwoWayChannel(AsyncZMQSocketChannel):
     jupyter_client waits for it for ever.
     """
 
+    answered: str | None = None
+    """The id of the request that the last kernel_info_reply read here has answered."""
+
     async def get_msg(self, timeout: float | None = None) -> Message:
         """The next message. Raises queue.Empty if none comes within ``timeout`` seconds."""
         give_up = None if timeout is None else time.monotonic() + timeout
@@ -49,6 +52,8 @@ class TwoWayChannel(AsyncZMQSocketChannel):
             left = LOOK_SECONDS if give_up is None else max(0.0, give_up - time.monotonic())
             try:
                 message: Message = await super().get_msg(timeout=min(LOOK_SECONDS, left))
+                if message["msg_type"] == "kernel_info_reply":
+                    self.answered = message["parent_header"].get("msg_id")
                 return message
             except Empty:
                 if left <= LOOK_SECONDS and give_up is not None:

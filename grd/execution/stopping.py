@@ -168,6 +168,11 @@ class Stopper:
         return max(0.0, self.record.requested_at + self.grace - time.monotonic())
 
     @property
+    def interrupted(self) -> bool:
+        """Whether the kernel was sent a signal that may interrupt its cell."""
+        return self._terminated or self._interrupts > 0
+
+    @property
     def last_call(self) -> bool:
         """Whether a cell that was asked to stop had to be interrupted, shortly before the kill."""
         return self._terminated and self._interrupts > 0

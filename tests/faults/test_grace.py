@@ -442,3 +442,61 @@ def test_a_kernel_whose_last_flush_nobody_answers_still_ends_within_the_grace(
     stop_by(project, "SIGTERM")
     check_polite_end(project, process, "sigterm")
     assert "IOStream.flush" not in (project.only_run() / "attempts/1/runner.log").read_text()
+
+
+HANG = """
+def hang():
+    open("between", "w").close()
+    while True:
+        time.sleep(0.05)
+"""
+BETWEEN = {
+    "the handler, which leaves the kernel idle": """
+async def not_yet(*request):
+    hang()
+
+kernel.shell_handlers["execute_request"] = not_yet
+""",
+    "the loop, which ends the kernel": """
+prepare = kernel.pre_handler_hook
+
+def not_yet():
+    kernel.pre_handler_hook = prepare
+    prepare()
+    hang()
+
+kernel.pre_handler_hook = not_yet
+""",
+}
+
+
+@pytest.mark.parametrize("reaches", BETWEEN)
+def test_a_cell_that_the_interrupt_took_from_the_kernel_is_not_waited_for(
+    project: Project, reaches: str
+) -> None:
+    """An interrupt between a request's arrival and its cell: ipykernel drops the request without a reply."""
+    spoil = f"import time\nkernel = get_ipython().kernel\n{HANG}{BETWEEN[reaches]}"
+    spoil = f"if not resume:\n{textwrap.indent(spoil, '    ')}"
+    process = start(project, spoil, "print('never reached')", "print('nor this')")
+    wait_until((project.path / "between").exists, "the request", LIMIT_SECONDS)
+    stop_by(project, "SIGTERM")
+    record = check_polite_end(project, process, "sigterm", slow_exit=True)
+    ended = "while stopping, the kernel died: exit code 0" if "ends the kernel" in reaches else None
+    assert record["detail"] == ended
+    assert [action["action"] for action in record["attempts"][-1]["stop"]["actions"]] == ["terminate"]
+    notebook = nbformat.read(project.only_run() / "output.ipynb", as_version=4)
+    statuses = [cell.metadata.papermill.status for cell in notebook.cells if cell.cell_type == "code"]
+    assert statuses[-3:] == ["interrupted", "pending", "pending"]
+    resumed = project.grd("resume", "last", "--timeout", "5m", "--json")
+    assert (resumed.code, resumed.json["state"]) == (0, "completed"), resumed.err
+
+
+def test_a_cell_that_the_kernel_aborts_is_interrupted_and_not_completed(project: Project) -> None:
+    """ipykernel answers so for a moment after an interrupt."""
+    process = start(project, "if not resume:\n    get_ipython().kernel._aborting = True", "print('aborted')")
+    ended = project.finish(process)
+    record = project.record()
+    assert (ended.code, record["state"], record["cause"]) == (75, "interrupted", "sigint"), record
+    assert "the kernel aborted the cell" in record["detail"]
+    resumed = project.grd("resume", "last", "--timeout", "5m", "--json")
+    assert (resumed.code, resumed.json["state"]) == (0, "completed"), resumed.err
