@@ -14,6 +14,7 @@ STARTED_AND_NOT_WAITED_FOR = {
     "batch/coordinator.py": "the coordinator ends with its runs, and each of them has a deadline",
     "execution/launch.py": "the runner keeps the deadline of its run itself",
     "execution/runner.py": "--on-end: the user's own command, after the run; nobody waits for it",
+    "execution/runner_template.py": "ends with the coordinator that it starts runners for",
     "execution/guarded_kernel.py": "the guardian ends the kernel at its deadline",
     "execution/command_process.py": "run_with_timeout: the guardian, or `look`, keeps the limit",
     "experiment/distributed.py": "part of its cell: the guardian ends it with the kernel, at its deadline",

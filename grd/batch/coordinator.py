@@ -372,6 +372,8 @@ def main(arguments: list[str]) -> int:
     except OSError:
         traceback.print_exc()
         return 1
+    finally:
+        placement.close()
     return 0
 
 

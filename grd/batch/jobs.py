@@ -16,6 +16,7 @@ from grd import contract
 from grd.agreement.grants import Place
 from grd.batch.plan import Options, PlannedRun
 from grd.errors import UsageError
+from grd.execution.launch import StartRunner, start_runner
 from grd.execution.notebooks import Source, parse_notebook
 from grd.runs import recovery
 from grd.runs.batch_folder import BatchFolder
@@ -85,8 +86,9 @@ class Begun:
 class Starter:
     """Starts jobs; keeps the notebooks and estimates that many of them share."""
 
-    def __init__(self, on_note: OnNote | None = None) -> None:
+    def __init__(self, on_note: OnNote | None = None, start: StartRunner = start_runner) -> None:
         self._on_note = on_note
+        self._start_runner = start
         self._opened: dict[tuple[str, str | None], Request] = {}
         self._estimators: dict[str, Estimator] = {}
 
@@ -141,7 +143,7 @@ class Starter:
             batch={"id": job["batch"], "index": job["index"]},
         )
         folder, lock = create_run(new, slot.assign)
-        return launch(folder, 1, lock, job["environment"])
+        return launch(folder, 1, lock, job["environment"], start=self._start_runner)
 
     def _request(self, job: Job) -> Request:
         which = (job["notebook_copy"], job["kernel"])
@@ -168,6 +170,7 @@ class Starter:
             job["max_output"],
             allow_unknown=True,
             environment=job["environment"],
+            start=self._start_runner,
             on_note=self._on_note,
         )
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from typing import Protocol
 
 from grd import contract
 from grd.errors import RunBusy
@@ -15,6 +16,27 @@ from grd.runs import retry
 from grd.runs.folder import RunFolder
 
 LOCK_WAIT_SECONDS = 1.0
+
+
+class RunnerProcess(Protocol):
+    """A runner, for whoever started it: as much of subprocess.Popen as is asked of it."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """None as long as it lives."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Until it has ended. Raises subprocess.TimeoutExpired."""
+
+
+class StartRunner(Protocol):
+    """How a runner is started: `start_runner`, or what does the same."""
+
+    def __call__(
+        self, folder: RunFolder, attempt: int, lock: int, environment: Mapping[str, str] | None = None
+    ) -> RunnerProcess:
+        """See `start_runner`."""
 
 
 def acquire(folder: RunFolder) -> int:
@@ -74,6 +96,21 @@ def ensure_retrier(folder: RunFolder) -> None:
             os.close(lock)
 
 
+def runner_environment(folder: RunFolder, environment: Mapping[str, str] | None) -> dict[str, str]:
+    """This process's variables, those of ``environment``, and what makes a runner of it."""
+    variables = {k: v for k, v in os.environ.items() if k not in contract.KERNEL_ENVIRONMENT}
+    variables |= environment or {}
+    variables["PYTHONUNBUFFERED"] = "1"
+    variables[contract.ENV_RUNNER] = folder.run_id
+    return variables
+
+
+def runner_command(*arguments: str) -> list[str]:
+    """The command line of a runner: folder, attempt, descriptor of the lock."""
+    # -P: a file of the working folder must not shadow a module of ours.
+    return [sys.executable, "-P", "-m", "grd.execution.runner", *arguments]
+
+
 def start_runner(
     folder: RunFolder, attempt: int, lock: int, environment: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
@@ -86,12 +123,7 @@ def start_runner(
     """
     paths = folder.attempt(attempt)
     paths.path.mkdir(parents=True, exist_ok=True)
-    variables = {k: v for k, v in os.environ.items() if k not in contract.KERNEL_ENVIRONMENT}
-    variables |= environment or {}
-    variables["PYTHONUNBUFFERED"] = "1"
-    variables[contract.ENV_RUNNER] = folder.run_id
-    # -P: a file of the working folder must not shadow a module of ours.
-    command = [sys.executable, "-P", "-m", "grd.execution.runner", str(folder.path), str(attempt), str(lock)]
+    command = runner_command(str(folder.path), str(attempt), str(lock))
     os.set_inheritable(lock, True)
     try:
         with open(paths.log, "ab") as log:
@@ -100,7 +132,7 @@ def start_runner(
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=variables,
+                env=runner_environment(folder, environment),
                 pass_fds=(lock,),
                 start_new_session=True,
                 cwd=str(folder.path),

@@ -13,6 +13,7 @@ from typing import Any
 
 from grd import contract
 from grd.errors import ConfigurationError, ResourceUnavailable, RunNotFound
+from grd.execution.launch import RunnerProcess
 from grd.runs import retry, store
 from grd.runs.events import LiveView
 from grd.runs.folder import RunFolder
@@ -26,7 +27,7 @@ _REASONS = {signal.SIGINT: contract.SIGINT, signal.SIGTERM: contract.SIGTERM}
 
 def follow(
     folder: RunFolder,
-    process: subprocess.Popen[bytes] | None = None,
+    process: RunnerProcess | None = None,
     *,
     since: int = 0,
     on_event: Callable[[dict[str, Any]], None] | None = None,
@@ -64,7 +65,7 @@ def follow(
                     process.wait(POLL_SECONDS)
 
 
-def is_under_way(folder: RunFolder, process: subprocess.Popen[bytes] | None = None) -> bool:
+def is_under_way(folder: RunFolder, process: RunnerProcess | None = None) -> bool:
     """Whether an attempt is under way, or the next one will come by itself. Never waits."""
     # Asked twice: what waited for its next attempt at the first look may have begun it at the second.
     return (
@@ -74,7 +75,7 @@ def is_under_way(folder: RunFolder, process: subprocess.Popen[bytes] | None = No
     )
 
 
-def attempt_is_under_way(folder: RunFolder, process: subprocess.Popen[bytes] | None = None) -> bool:
+def attempt_is_under_way(folder: RunFolder, process: RunnerProcess | None = None) -> bool:
     """Whether a runner works on this run now, or its guardian after it. Never waits."""
     if process is not None and process.poll() is None:
         return True

@@ -24,7 +24,7 @@ from grd.errors import (
     RunBusy,
     UsageError,
 )
-from grd.execution.launch import acquire
+from grd.execution.launch import StartRunner, acquire, start_runner
 from grd.execution.notebooks import find_kernel, read_notebook
 from grd.execution.parameters import read_parameters_cell, resolve
 from grd.files import atomic_write
@@ -133,10 +133,11 @@ def resume_folder(
     now: bool = False,
     ask: Asker | Answered | None = None,
     environment: Mapping[str, str] | None = None,
+    start: StartRunner = start_runner,
     on_note: OnNote | None,
 ) -> Started:
-    """`resume` of the run in ``folder``, started and not waited for; ``environment`` is its runner's, besides
-    this process's.
+    """`resume` of the run in ``folder``, started, as ``start`` does, and not waited for; ``environment`` is
+    its runner's, besides this process's.
 
     ``retrying`` is for who resumes it by itself: a stop that was asked for meanwhile holds, and attempts go
     on being counted.
@@ -203,7 +204,7 @@ def resume_folder(
                 f"make {folder.path} writable, with space left, then: grd resume {folder.run_id}"
             ) from None
         raise
-    return launch(folder, attempt.number, lock, environment, forget=not retrying)
+    return launch(folder, attempt.number, lock, environment, forget=not retrying, start=start)
 
 
 def _await_guardian(folder: RunFolder, now: bool, on_note: OnNote | None) -> None:

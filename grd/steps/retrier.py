@@ -19,6 +19,7 @@ from pathlib import Path
 from grd import contract
 from grd.backoff import full_jitter
 from grd.errors import ConfigurationError, GrdError, ResourceUnavailable, RunBusy, RunNotFound
+from grd.execution.launch import RunnerProcess
 from grd.files import read_json
 from grd.runs import recovery, retry, store
 from grd.runs.changes import Changes, pause
@@ -34,7 +35,7 @@ class Retrier:
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
         self.changes = Changes(folder.path)
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: RunnerProcess | None = None
         self._refusals = 0
 
     def run(self) -> None:

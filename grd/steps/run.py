@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from grd import contract
 from grd.estimation.live import progress_with_interval
+from grd.execution.launch import RunnerProcess
 from grd.runs import listing, notebook_journal, recovery, resource_samples, retry
 from grd.runs.events import LiveView, view_of
 from grd.runs.folder import RunFolder, find_run
@@ -37,9 +37,7 @@ def runs_folder(runs_dir: str | Path | None = None, project_dir: Path | None = N
 class Run:
     """One run. Every attribute is read anew from its folder, so that it is true when it is asked for."""
 
-    def __init__(
-        self, folder: RunFolder | Path | str, *, process: subprocess.Popen[bytes] | None = None
-    ) -> None:
+    def __init__(self, folder: RunFolder | Path | str, *, process: RunnerProcess | None = None) -> None:
         self._folder = folder if isinstance(folder, RunFolder) else RunFolder(Path(folder).resolve())
         self._process = process  # the runner, where this process started it: it must be waited for
 
@@ -49,7 +47,7 @@ class Run:
         return self._folder
 
     @property
-    def process(self) -> subprocess.Popen[bytes] | None:
+    def process(self) -> RunnerProcess | None:
         """The runner, where this process started it."""
         return self._process
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from grd.execution.launch import start_runner
+from grd.execution.launch import RunnerProcess, StartRunner, start_runner
 from grd.runs.folder import RunFolder
 from grd.runs.stop_request import forget_request
 from grd.steps.following import follow
@@ -19,7 +18,7 @@ class Started:
     """A run that is under way, or was found to need nothing."""
 
     folder: RunFolder
-    process: subprocess.Popen[bytes] | None
+    process: RunnerProcess | None
     """The runner, where this process started it."""
     position: int
     """Byte of events.jsonl from which on the events are news."""
@@ -42,15 +41,16 @@ def launch(
     environment: Mapping[str, str] | None = None,
     *,
     forget: bool = True,
+    start: StartRunner = start_runner,
 ) -> Started:
     """Start the runner of ``attempt``, which gets ``lock``, and ``environment`` besides this process's.
 
-    ``forget`` what stopped the last one: whoever starts this one wants it to run.
+    ``forget`` what stopped the last one: whoever starts this one wants it to run. ``start`` is how.
     """
     if forget:
         forget_request(folder)
     position = folder.events.stat().st_size if folder.events.exists() else 0
-    return Started(folder, start_runner(folder, attempt, lock, environment), position)
+    return Started(folder, start(folder, attempt, lock, environment), position)
 
 
 def see_to_end(

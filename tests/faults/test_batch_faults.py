@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -42,6 +44,7 @@ STRIKE = '''
 """A coordinator that kills itself, as kill -9 would, at the chosen moment."""
 import os, signal, sys
 from grd.batch import coordinator, jobs, record
+from grd.execution import runner_template
 from grd.steps import keys
 
 moment, folder, lock = sys.argv[1:4]
@@ -76,6 +79,8 @@ elif moment == "when the key has its run":
     after(keys.Slot, "assign")
 elif moment == "when the folder is there":
     jobs.launch = die
+elif moment == "when the runner is forked and waits for its word":
+    after(runner_template.ForkedRunner, "__init__")
 elif moment == "when the runner has started":
     after(jobs, "launch")
 elif moment == "when the start is written down":
@@ -127,6 +132,79 @@ def nothing_is_left(project: Project) -> None:
         except psutil.Error:
             continue
         assert "grd.batch.coordinator" not in line or str(project.path) not in line
+    wait_until(lambda: templates(project) == [], "the end of what forks runners", 10)
+
+
+def templates(project: Project) -> list[psutil.Process]:
+    """Processes that runners of this project are forked from."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if "grd.execution.runner_template" in process.cmdline() and process.cwd() == str(project.path):
+                found.append(process)
+    return found
+
+
+def open_files(pid: int) -> list[str]:
+    """What its descriptors are, from 0 on."""
+    links = sorted(Path(f"/proc/{pid}/fd").iterdir(), key=lambda link: int(link.name))
+    return [str(link.readlink()) for link in links]
+
+
+def begin_held(project: Project, seeds: str) -> int:
+    """A batch of trainings, one at a time, of which the first waits for a file; that one's runner."""
+    project.notebook("train.ipynb", TOLD, TRAIN, DONE, parameters=PARAMETERS)
+    started = project.grd("sweep", "train.ipynb", "-g", "seed", seeds, "--jobs", "1", "--detach")
+    assert started.code == 0, started.err
+    wait_until(lambda: told(project)["at 1 1"], "epoch 1")
+    run = project.runs_dir / status(project)["runs"][0]["run_id"]
+    return int(project.record(run)["runner"]["pid"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="runners are forked on Linux only")
+def test_a_forked_runner_is_a_runner_like_any_other(project: Project) -> None:
+    runner = psutil.Process(begin_held(project, "1..1"))
+    [template] = templates(project)
+    assert runner.ppid() == template.pid
+    assert os.getsid(runner.pid) == runner.pid
+    run = project.run_folders()[0]
+    assert [word for word in runner.cmdline() if word][1:6] == [
+        "-P", "-m", "grd.execution.runner", str(run), "1",
+    ]  # fmt: skip
+    assert runner.environ()["GRD_RUNNER"] == run.name
+    shared = set(open_files(template.pid)) & set(open_files(runner.pid))
+    assert not {name for name in shared if name.startswith(("socket:", "pipe:"))}
+    assert open_files(runner.pid)[:3] == [os.devnull, *[str(run / "attempts/1/runner.log")] * 2]
+    (project.path / "go").touch()
+    assert project.grd("batch", "wait", "last").code == 0
+    nothing_is_left(project)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="runners are forked on Linux only")
+def test_a_batch_goes_on_when_what_forks_its_runners_is_killed(project: Project) -> None:
+    runner = begin_held(project, "1..3")
+    [template] = templates(project)
+    template.kill()
+    wait_until(lambda: templates(project) == [], "its end")
+    assert psutil.pid_exists(runner)
+    (project.path / "go").touch()
+    assert project.grd("batch", "wait", "last").code == 0
+    assert status(project)["counts"] == {"completed": 3}
+    assert [told(project)[f"begun {seed}"] for seed in (1, 2, 3)] == [1, 1, 1]
+    nothing_is_left(project)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="runners are forked on Linux only")
+def test_a_killed_coordinator_leaves_nothing_that_forks_runners(project: Project) -> None:
+    runner = begin_held(project, "1..2")
+    os.kill(status(project)["coordinator"]["pid"], signal.SIGKILL)
+    wait_until(lambda: templates(project) == [], "its end")
+    assert psutil.pid_exists(runner)
+    follower = project.start("batch", "resume", "last", "--json")
+    (project.path / "go").touch()
+    ended = project.finish(follower)
+    assert ended.json["counts"] == {"completed": 2}, ended.err
+    nothing_is_left(project)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +215,7 @@ def nothing_is_left(project: Project) -> None:
         "between writing and start",
         "when the key has its run",
         "when the folder is there",
+        "when the runner is forked and waits for its word",
         "when the runner has started",
         "when the start is written down",
         "before an end is written down",

@@ -29,5 +29,8 @@ class Placement(Protocol):
     def stop(self, handle: Handle, reason: str, *, at_once: bool) -> None:
         """Ask its run to save and stop, or kill it. Raises ResourceUnavailable where it is out of reach."""
 
+    def close(self) -> None:
+        """Let go of what only helps to start jobs. They go on."""
+
     def wait(self, handles: Sequence[Handle], seconds: float) -> None:
         """Until one of them has ended, or ``seconds`` are over."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import select
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from grd.batch.jobs import Job, Starter
 from grd.batch.placements import Handle
+from grd.execution.launch import RunnerProcess
+from grd.execution.runner_template import RunnerTemplate
 from grd.runs import store
 from grd.runs.folder import RunFolder
 from grd.runs.processes import open_process
@@ -27,8 +28,13 @@ class LocalPlacement:
     name = "local"
 
     def __init__(self, on_note: OnNote | None = None) -> None:
-        self._starter = Starter(on_note)
-        self._runners: dict[str, subprocess.Popen[bytes]] = {}
+        self._template = RunnerTemplate()
+        self._starter = Starter(on_note, self._template.start)
+        self._runners: dict[str, RunnerProcess] = {}
+
+    def close(self) -> None:
+        """End what only starts runners. They go on."""
+        self._template.close()
 
     def start(self, job: Job) -> Handle:
         """Begin a job; the runner survives this process."""

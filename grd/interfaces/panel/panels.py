@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
 from typing import Any
 
 from grd.agreement.person import JUPYTER, who_can_answer
+from grd.execution.launch import RunnerProcess
 from grd.interfaces.panel.panel import Panel
 from grd.interfaces.panel.watching import Watch
 from grd.runs.folder import RunFolder
@@ -41,11 +41,11 @@ class PanelRun(Run):
         raise AttributeError("the folder is the panel's to know")
 
     @property
-    def _process(self) -> subprocess.Popen[bytes] | None:
+    def _process(self) -> RunnerProcess | None:
         return self._panel.run.process
 
     @_process.setter
-    def _process(self, process: subprocess.Popen[bytes] | None) -> None:
+    def _process(self, process: RunnerProcess | None) -> None:
         raise AttributeError("the process is the panel's to know")
 
     def show(self) -> None:
