@@ -33,8 +33,14 @@ AUTO_STEPS = int(os.environ.get("GRD_BENCH_AUTO_STEPS", "120"))
 
 
 def main() -> None:
-    """Print all tables; GRD_BENCH_PARTS=saving,loop,memory,auto chooses some."""
-    parts = {"saving": all_sizes, "loop": beside_a_loop, "memory": memory, "auto": automatic}
+    """Print all tables; GRD_BENCH_PARTS=saving,checksum,loop,memory,auto chooses some."""
+    parts = {
+        "saving": all_sizes,
+        "checksum": checksum,
+        "loop": beside_a_loop,
+        "memory": memory,
+        "auto": automatic,
+    }
     chosen = os.environ.get("GRD_BENCH_PARTS", "")
     for name, part in parts.items():
         if not chosen or name in chosen.split(","):
@@ -200,6 +206,42 @@ def one_size(megabytes: int, folder: Path) -> None:
     _ratio("the same of the best of each", min(times["write_raw"]) / min(times["grd"]), "")
     _ratio("grd / grd without checksum", middle["grd"] / middle["grd_without_hash"], "<= 1.10")
     _ratio("stall in the background / grd", stall / middle["grd"], "<= 0.30")
+
+
+def checksum() -> None:
+    """What hashing adds, in more rounds: it is less than what two saves to a disk differ by anyhow."""
+    for megabytes in MEGABYTES:
+        with a_folder() as folder:
+            saving = Saving(megabytes, folder)
+            ways = [saving.grd, saving.grd_without_hash]
+            times: dict[str, list[float]] = {way.__name__: [] for way in ways}
+            dice = random.Random(megabytes)
+            for number in range(3 * ROUNDS + 1):
+                for way in dice.sample(ways, len(ways)):
+                    os.sync()
+                    began = time.perf_counter()
+                    way()
+                    if number:
+                        times[way.__name__].append(time.perf_counter() - began)
+            print(f"a state of {saving.size / 1e6:.0f} MB, {3 * ROUNDS} rounds", flush=True)
+            for name, values in times.items():
+                print(f"  {name:<18} {_spread(values)}", flush=True)
+            hashed, bare = times.values()
+            low, high = _resampled(hashed, bare, dice)
+            _ratio(
+                "grd / grd without checksum", statistics.median(hashed) / statistics.median(bare), "<= 1.10"
+            )
+            print(f"  {'90 % of such ratios, rounds drawn anew':<42} {low:.3f} to {high:.3f}", flush=True)
+
+
+def _resampled(above: list[float], below: list[float], dice: random.Random) -> tuple[float, float]:
+    """The percentile bootstrap's 90 % interval of the ratio of medians (Efron 1979), 2,000 samples."""
+
+    def median_of(values: list[float]) -> float:
+        return statistics.median(dice.choices(values, k=len(values)))
+
+    ratios = sorted(median_of(above) / median_of(below) for _ in range(2000))
+    return ratios[100], ratios[-101]
 
 
 def _on_disk(folder: Path) -> int:
