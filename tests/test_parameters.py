@@ -226,3 +226,22 @@ def test_values_reach_the_notebook_as_the_types_it_declares(project: Project) ->
         "from_file": {"a": [1, 2]}, "n": 5, "extra": [True, None], "lr": 1.0, "name": "007", "raw": "3",
     }  # fmt: skip
     assert project.grd("logs", "last").out == "(1.0, '007', 5, [True, None], '3', {'a': [1, 2]})\n"
+
+
+@pytest.mark.parametrize(
+    ("declared", "arguments", "told"),
+    [
+        ("epochs = None", [], "7"),
+        ("epochs: int | None = None", ["-p", "epochs", "2"], "2"),
+        ("epochs = 20", [], "20"),
+        ("epochs = 10 + 10", [], "20"),
+    ],
+)
+def test_epochs_left_open_are_those_of_the_settings_and_nothing_that_was_said_is_replaced(
+    project: Project, declared: str, arguments: list[str], told: str
+) -> None:
+    (project.path / "grd.toml").write_text("default_epochs = 7\n")
+    project.notebook("show.ipynb", "print(epochs)", parameters=declared)
+    finished = project.grd("research", "show.ipynb", *arguments, "--json")
+    assert finished.code == 0, finished.err
+    assert project.grd("logs", "last").out == f"{told}\n"

@@ -24,6 +24,7 @@ from grd.agreement.use import GrantInUse
 from grd.errors import GrdError
 from grd.estimation.live import probe_result
 from grd.execution.gpu_turn import GpuTurn
+from grd.execution.injected import injected_parameters
 from grd.execution.launch import ensure_retrier
 from grd.execution.outcome import Outcome, storage_cause
 from grd.execution.slow_imports import import_jsonschema
@@ -291,13 +292,9 @@ class Runner:
         return context.outcome
 
     def _parameters(self) -> dict[str, Any]:
-        injected: dict[str, Any] = {
-            "timeout": round(max(0.0, self.seconds - (time.monotonic() - self.began)), 3),
-            "checkpoint_dir": self.record.checkpoint_dir,
-            "resume": self.attempt.resume,
-        }
-        chosen = {name: value for name, value in injected.items() if name in self.record.declared}
-        return {**self.attempt.parameters, **self._gpus.parameters(), **chosen}
+        left = max(0.0, self.seconds - (time.monotonic() - self.began))
+        injected = injected_parameters(self.record, self.attempt, seconds=left)
+        return {**self.attempt.parameters, **self._gpus.parameters(), **injected}
 
     def _kernel_environment(self) -> dict[str, str]:
         checkpointing = self.record.checkpointing

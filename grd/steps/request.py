@@ -12,6 +12,7 @@ from typing import Any
 from grd import contract
 from grd.errors import ParameterError, ResourceUnavailable, UsageError
 from grd.execution.device_parameters import NAMES as DEVICE_NAMES
+from grd.execution.injected import EPOCHS
 from grd.execution.notebooks import Kernel, Source, find_kernel, read_notebook
 from grd.execution.parameters import ParametersCell, read_parameters_cell, resolve
 from grd.hardware import leases
@@ -80,7 +81,7 @@ def check_language(kernel: Kernel, parameters: Mapping[str, Any], cell: Paramete
 
 def injected_names(cell: ParametersCell) -> list[str]:
     """Which names the notebook declares that grd itself gives values to, or may."""
-    return [name for name in (*contract.INJECTED_PARAMETERS, *DEVICE_NAMES) if cell.declares(name)]
+    return [name for name in (*contract.INJECTED_PARAMETERS, *DEVICE_NAMES, EPOCHS) if cell.declares(name)]
 
 
 def defaults_of(cell: ParametersCell) -> dict[str, Any]:
