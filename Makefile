@@ -95,11 +95,13 @@ $(VENV)/.made $(IPYKERNEL6)/.made $(TENSORFLOW)/.made $(MLFLOW)/.made $(MCP)/.ma
 $(VENV)/.installed-demo: $(VENV)/.made $(SOURCES)
 	@echo "Installing grd, torch and scikit-learn into $(VENV): some minutes the first time"
 	@$(PIP_INSTALL) -e '.[demo]'
+	@$(PY) -m compileall -q grd  # as in an installed package, also under PYTHONDONTWRITEBYTECODE
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.made $(SOURCES)
 	@echo "Installing grd, torch, scikit-learn and the development tools into $(VENV): some minutes the first time"
 	@$(PIP_INSTALL) -e '.[demo,dev]'
+	@$(PY) -m compileall -q grd
 	@touch $(VENV)/.installed-demo $@
 
 $(VENV)/.installed-frameworks: $(VENV)/.installed-dev
