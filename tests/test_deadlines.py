@@ -11,8 +11,7 @@ import grd
 PACKAGE = Path(grd.__file__).parent
 
 STARTED_AND_NOT_WAITED_FOR = {
-    "batch/coordinator.py": "the coordinator ends with its runs, and each of them has a deadline",
-    "execution/launch.py": "the runner keeps the deadline of its run itself",
+    "execution/launch.py": "a runner keeps its own deadline; retrier and coordinator end with their runs",
     "execution/runner.py": "--on-end: the user's own command, after the run; nobody waits for it",
     "execution/runner_template.py": "ends with the coordinator that it starts runners for",
     "execution/guarded_kernel.py": "the guardian ends the kernel at its deadline",

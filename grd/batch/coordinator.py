@@ -32,6 +32,7 @@ from grd.batch.retrying import Retrying
 from grd.batch.sharing import LEAST_MEMORY_BYTES, Share, has_room, share, thread_environment
 from grd.batch.view import count_states, look, outcome
 from grd.errors import ApprovalRequired, GrdError, ResourceUnavailable
+from grd.execution.launch import start_with_lock
 from grd.files import read_json
 from grd.hardware.limits import current_limits
 from grd.runs import handover, recovery, resource_samples
@@ -333,21 +334,7 @@ def launch_coordinator(folder: BatchFolder, lock: int, working_dir: str) -> subp
     environment["PYTHONUNBUFFERED"] = "1"
     environment[contract.ENV_RUNNER] = folder.batch_id  # not a process of a run that it was started from
     command = [sys.executable, "-P", "-m", "grd.batch.coordinator", str(folder.path), str(lock)]
-    os.set_inheritable(lock, True)
-    try:
-        with open(folder.log, "ab") as log:
-            return subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                pass_fds=(lock,),
-                start_new_session=True,
-                cwd=working_dir,
-            )
-    finally:
-        os.close(lock)
+    return start_with_lock(command, lock, folder.log, environment, working_dir)
 
 
 def _retrying(folder: BatchFolder) -> Again:

@@ -6,7 +6,8 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from grd import contract
@@ -79,21 +80,7 @@ def ensure_retrier(folder: RunFolder) -> None:
         environment |= {"PYTHONUNBUFFERED": "1", contract.ENV_NONINTERACTIVE: "1"}
         # By its name: it resumes runs, which is a matter of a higher layer.
         command = [sys.executable, "-P", "-m", "grd.steps.retrier", str(folder.path), str(lock)]
-        os.set_inheritable(lock, True)
-        try:
-            with open(folder.retry_log, "ab") as log:
-                subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=environment,
-                    pass_fds=(lock,),
-                    start_new_session=True,
-                    cwd=str(folder.path),
-                )
-        finally:
-            os.close(lock)
+        start_with_lock(command, lock, folder.retry_log, environment, folder.path)
 
 
 def runner_environment(folder: RunFolder, environment: Mapping[str, str] | None) -> dict[str, str]:
@@ -124,18 +111,29 @@ def start_runner(
     paths = folder.attempt(attempt)
     paths.path.mkdir(parents=True, exist_ok=True)
     command = runner_command(str(folder.path), str(attempt), str(lock))
+    return start_with_lock(command, lock, paths.log, runner_environment(folder, environment), folder.path)
+
+
+def start_with_lock(
+    command: Sequence[str], lock: int, log: Path, environment: Mapping[str, str], working_dir: Path | str
+) -> subprocess.Popen[bytes]:
+    """Start a process that survives the caller and its whole process group, and hand it ``lock``.
+
+    ``command`` names the descriptor; here it is closed, also where the process cannot be started. What the
+    process says goes into ``log``.
+    """
     os.set_inheritable(lock, True)
     try:
-        with open(paths.log, "ab") as log:
+        with open(log, "ab") as stream:
             return subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=stream,
                 stderr=subprocess.STDOUT,
-                env=runner_environment(folder, environment),
+                env=environment,
                 pass_fds=(lock,),
                 start_new_session=True,
-                cwd=str(folder.path),
+                cwd=working_dir,
             )
     finally:
         os.close(lock)
