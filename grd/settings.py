@@ -31,7 +31,7 @@ def parse_duration(text: str | float) -> float:
 
     Raises ValueError unless the result is above zero and at most ten years.
     """
-    if isinstance(text, bool):
+    if isinstance(text, bool) or not isinstance(text, (int, float, str)):
         raise ValueError(f"{text!r} is no duration")
     if isinstance(text, (int, float)):
         seconds = float(text)
@@ -65,8 +65,8 @@ def format_duration(seconds: float) -> str:
 
 def parse_size(text: str | int) -> int:
     """Bytes in ``text``: a number or ``500K``, ``100MB``, ``20G`` (powers of ten). Raises ValueError."""
-    if isinstance(text, bool):
-        raise ValueError(f"{text!r} is no size")
+    if isinstance(text, bool) or not isinstance(text, (int, str)):
+        raise ValueError(f"{text!r} is no size; write 500K, 100MB, 20G or bytes")
     if isinstance(text, int):
         size = text
     else:

@@ -54,6 +54,9 @@ def nothing_was_made(project: Project) -> bool:
     return not project.runs_dir.exists() and not (project.path / "ran.txt").exists()
 
 
+ITSELF: list[Any] = []
+ITSELF.append({"layers": ITSELF})
+
 WRONG: list[tuple[dict[str, Any], type[GrdError], str]] = [
     ({}, UsageError, "spec: no notebook"),
     ({"notebook": "score.ipynb", "gird": {}}, UsageError, "spec: unknown key 'gird'; did you mean 'grid'"),
@@ -91,6 +94,16 @@ WRONG: list[tuple[dict[str, Any], type[GrdError], str]] = [
     ({"notebook": "score.ipynb", "file": "gone.csv"}, NotFoundError, "no file gone.csv"),
     ({"runs": [{"notebook": "score.ipynb", "lr": 1.0}]}, UsageError, r"runs\[0\]: unknown key 'lr'"),
     ({"runs": [{"parameters": {"lr": 1.0}}]}, UsageError, r"runs\[0\]: no notebook"),
+    ({"notebook": "score.ipynb", "list": ITSELF}, UsageError, "spec: list: .*contains itself"),
+    ({"notebook": "score.ipynb", "grid": {"file": ["\ud800"]}}, UsageError, "spec: grid: .*no Unicode text"),
+    ({"notebook": "score.ipynb", "name": "\ud800"}, UsageError, "spec: name: .*no Unicode text"),
+    ({"notebook": "score\0.ipynb"}, NotFoundError, "no name of a file"),
+    ({"notebook": "score.ipynb", "inputs": ["a\0b"]}, UsageError, "input .* cannot be read"),
+    ({"notebook": "score.ipynb", "file": "a\0.csv"}, UsageError, "cannot be read"),
+    ({"notebook": "score.ipynb", "grid": {"seed": f"1..{10**17}"}}, UsageError, "100,000,000,000,000,000 n"),
+    ({"notebook": "score.ipynb", "grid": {"seed": f"1..{'9' * 5000}"}}, UsageError, "over 18 digits"),
+    ({"notebook": "score.ipynb", "timeout": [1]}, UsageError, r"spec: timeout: \[1\] is no duration"),
+    ({"notebook": "score.ipynb", "memory": 1.5}, UsageError, "spec: memory: 1.5 is no size"),
 ]
 
 
@@ -105,6 +118,10 @@ def test_errors_in_files_are_one_line_with_their_exit_code(here: Project) -> Non
     files = {
         "two.yaml": ("notebook: score.ipynb\ngrid: {lr: [1, x, y]}", "two.yaml: grid (lr=x)"),
         "twice.yaml": ("notebook: score.ipynb\nnotebook: b.ipynb", "twice.yaml: line 2 has 'notebook'"),
+        "again.json": ('{"notebook": "a.ipynb", "notebook": "b.ipynb"}', "it has 'notebook' a second time"),
+        "deep.json": ("[" * 100_000, "deep.json: no valid JSON: it is nested too deeply"),
+        "deep.yaml": ("[" * 20_000, "deep.yaml: no valid YAML"),
+        "long.yaml": ("seed: " + "9" * 5000, "long.yaml: no valid YAML"),
         "bad.json": ('{"notebook": ', "bad.json: no valid JSON"),
         "rows.csv": ("lr,seed\n1,2\n3\n", "rows.csv: line 3 has 1 values for 2 columns"),
         "values.csv": ("lr,seed\n1,2\n3,x\n", "values.csv: line 3 (lr=3 seed=x): parameter 'seed'"),
@@ -158,6 +175,13 @@ def test_grid_zip_list_and_files_give_the_same_runs_as_typed_and_as_written(here
         (2.0, 7, [4, 2]),
     ]
     assert {row["file"] for row in mixed} == {"a,b"}
+
+
+def test_yaml_may_merge_mappings(here: Project) -> None:
+    (here.path / "merged.yaml").write_text(
+        "notebook: score.ipynb\nlist: [&one {seed: 1, lr: 0.5}, {<<: *one, seed: 2}]\n"
+    )
+    assert dry(here, "batch", "merged.yaml") == [{"seed": 1, "lr": 0.5}, {"seed": 2, "lr": 0.5}]
 
 
 def test_values_are_split_outside_of_brackets_and_quotes() -> None:
@@ -224,6 +248,39 @@ def test_a_sweep_is_run_once_and_found_again_and_every_command_tells_the_same(he
 def dry_total(*arguments: str) -> tuple[int, int]:
     plan = typed(*arguments, "--dry-run")
     return plan["total"], plan["to_run"]
+
+
+@pytest.mark.faults
+def test_a_sweep_that_is_typed_again_with_more_time_gives_it_to_what_had_too_little(here: Project) -> None:
+    here.notebook(
+        "long.ipynb",
+        "import pathlib, time\nwhile not pathlib.Path('go').exists(): time.sleep(0.05)",
+        parameters=PARAMETERS,
+    )
+    sweep = ("sweep", "long.ipynb", "-g", "seed", "1,2", "--json")
+    short = here.grd(*sweep, "--timeout", "2s")
+    assert (short.code, short.json["counts"]) == (75, {"interrupted": 2}), short.err
+    (here.path / "go").touch()
+    longer = here.grd(*sweep, "--timeout", "2m")
+    assert (longer.code, longer.json["counts"]) == (0, {"completed": 2}), longer.err
+    assert len(here.run_folders()) == 2
+    assert [here.record(run)["timeout"] for run in here.run_folders()] == [120.0, 120.0]
+
+
+def test_a_batch_must_be_named_for_a_stop_and_a_resume(here: Project) -> None:
+    for command in ("stop", "resume"):
+        done = here.grd("batch", command)
+        assert done.code == 2 and "Missing argument" in done.err, done.err
+
+
+def test_a_damaged_batch_hides_only_itself(here: Project) -> None:
+    assert here.grd("sweep", "score.ipynb", "-g", "seed", "1", "-q").code == 0
+    odd = here.runs_dir / "batches" / "zz-odd"
+    odd.mkdir()
+    (odd / "batch.json").write_text("{}")
+    [shown] = here.grd("batch", "list", "--json").json["batches"]
+    assert here.grd("batch", "status", "--json").json["batch_id"] == shown["batch_id"]
+    assert here.grd("batch", "status", "zz-odd").code == 78
 
 
 def test_a_declared_input_makes_another_run_when_it_changes(here: Project) -> None:

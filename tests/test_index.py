@@ -294,6 +294,13 @@ def test_a_run_that_goes_between_the_list_and_its_record_is_left_out(many: Proje
         entries[1].record()
 
 
+def test_what_is_no_file_is_no_record(tmp_path: Path) -> None:
+    folder = tmp_path / "pipe"
+    folder.mkdir()
+    os.mkfifo(folder / "run.json")
+    assert listing.list_all(tmp_path) == []
+
+
 def test_a_writer_waits_where_sqlite_does_not(tmp_path: Path) -> None:
     """A database that is being made by another is not in WAL mode yet, and cannot be put into it meanwhile:
     SQLite then refuses at once, whatever its timeout is."""

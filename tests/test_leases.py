@@ -298,6 +298,17 @@ def test_one_rule_gives_the_batch_sizes(
         assert told["batch_size_per_gpu"] == per_gpu
 
 
+@pytest.mark.parametrize(("n_gpus", "per_gpu"), [(0, 32), (1, 32), (2, 8)])
+def test_the_base_size_is_that_of_one_device_and_both_are_told(n_gpus: int, per_gpu: int) -> None:
+    names = dict.fromkeys(("batch_size_per_gpu", "base_batch_size", "global_batch"))
+    told = device_parameters(names, {}, n_gpus=n_gpus, batch_size=8, base_batch_size=32)
+    assert told == {
+        "batch_size_per_gpu": per_gpu,
+        "base_batch_size": 32,
+        "global_batch": per_gpu * max(1, n_gpus),
+    }
+
+
 def test_what_somebody_wrote_stays() -> None:
     declared = {**OPEN, "device": "mps", "strategy": "auto", "devices": 1}
     told = device_parameters(declared, {"gpu_ids": [3], "global_batch": 5}, n_gpus=2)
@@ -340,6 +351,14 @@ def state_of(project: Project, run: str) -> tuple[str, str]:
     """state and detail, as told."""
     shown = project.grd("status", run, "--json").json
     return shown["state"], shown["detail"] or ""
+
+
+def test_a_pool_that_names_no_gpu_is_refused_also_where_nobody_asked_for_one(two_gpus: Project) -> None:
+    two_gpus.environment["GRD_TRAINING_GPUS"] = "5"
+    for command in (("research", "train.ipynb"), ("sweep", "train.ipynb", "-g", "batch_size_per_gpu", "1,2")):
+        done = two_gpus.grd(*command)
+        assert done.code == 78 and "training_gpus" in done.err.lower(), done.err
+    assert two_gpus.run_folders() == []
 
 
 @pytest.mark.faults

@@ -185,7 +185,9 @@ class Coordinator:
         self._event(run, records.STARTING, durable=True, key=run.key)
         try:
             handle = self._placement.start(job)
-        except (GrdError, OSError) as error:
+        except Exception as error:  # whatever it is, the other runs go on
+            if not isinstance(error, (GrdError, OSError)):
+                traceback.print_exc()
             self._refuse(run, error)
             return
         self._active[run.index] = handle

@@ -107,7 +107,7 @@ class Starter:
             if action == "start":
                 return Begun(action, self._create(job, runs_dir, slot))
             if action == "resume":
-                return Begun(action, self._resume(job, known))
+                return Begun(action, self._resume(job, known, record))
             return Begun(action, Started(known, None, 0))
 
     def _create(self, job: Job, runs_dir: Path, slot: keys.Slot) -> Started:
@@ -156,23 +156,33 @@ class Starter:
             self._opened[which] = open_request(source, job["kernel"])
         return self._opened[which].given(job["parameters"], allow_unknown=job["allow_unknown"])
 
-    def _resume(self, job: Job, folder: RunFolder) -> Started:
+    def _resume(self, job: Job, folder: RunFolder, record: RunRecord) -> Started:
         tell(self._on_note, f"{folder.run_id} goes on")
+        limits = changed_limits(record, job)
         return resume_folder(
             folder,
             {},
             None,
             None,
-            None,
-            None,
+            limits["timeout"],
+            limits["budget"],
             job["grace"],
             job["start_timeout"],
             job["max_output"],
             allow_unknown=True,
+            gpus=job["gpus"],
+            gpu_pool=job["gpu_pool"],
             environment=job["environment"],
+            batch_id=job["batch"],
             start=self._start_runner,
             on_note=self._on_note,
         )
+
+
+def changed_limits(record: RunRecord, job: Mapping[str, Any]) -> dict[str, float | None]:
+    """The limits in seconds that a job gives its run anew; None where it says nothing new. Pure."""
+    before = {"timeout": record.timeout, "budget": record.budget.get("typed")}
+    return {name: job[name] if job[name] != before[name] else None for name in before}
 
 
 def decide(record: RunRecord, job: Mapping[str, Any], *, under_way: bool) -> Action:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from grd.batch.record import BatchRecord
 from grd.batch.stopping import ask_batch_to_stop
 from grd.batch.table import Table
 from grd.batch.view import BatchRow
+from grd.errors import ConfigurationError, NotFoundError
 from grd.runs.batch_folder import BatchFolder, batch_folders, find_batch
 from grd.steps.run import Run, runs_folder
 
@@ -140,9 +143,20 @@ class Batch:
 
 def batch_status(batch: str | Batch = "last", *, runs_dir: str | Path | None = None) -> Batch:
     """The batch called ``batch`` (an id, a unique part of one, a folder, ``last``). Raises NotFoundError."""
-    return batch if isinstance(batch, Batch) else Batch(find_batch(runs_folder(runs_dir), batch))
+    if isinstance(batch, Batch):
+        return batch
+    place = runs_folder(runs_dir)
+    readable = next(_readable(place), None) if batch == "last" else None
+    return Batch(readable or find_batch(place, batch))
 
 
 def list_batches(*, runs_dir: str | Path | None = None) -> list[Batch]:
-    """This project's batches, newest first."""
-    return [Batch(folder) for folder in batch_folders(runs_folder(runs_dir))]
+    """This project's batches, newest first; a damaged one hides only itself."""
+    return [Batch(folder) for folder in _readable(runs_folder(runs_dir))]
+
+
+def _readable(runs_dir: Path) -> Iterator[BatchFolder]:
+    for folder in batch_folders(runs_dir):
+        with contextlib.suppress(ConfigurationError, NotFoundError):
+            records.load(folder)
+            yield folder

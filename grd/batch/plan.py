@@ -150,6 +150,8 @@ def parameters_text(parameters: Mapping[str, Any]) -> str:
 
 def _short(value: Any) -> str:
     text = str(value) if isinstance(value, str) else json.dumps(value, default=str)
+    if not text.isprintable():  # a line for each run, whatever is in it
+        text = json.dumps(text, ensure_ascii=False)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
@@ -233,8 +235,9 @@ def sha256_of_input(path: Path) -> str:
                 digest.update(of_file.digest())
     except FileNotFoundError:
         raise NotFoundError(f"no input {path}") from None
-    except OSError as error:
-        raise UsageError(f"input {path} cannot be read: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"input {path} cannot be read: {reason}") from None
     return digest.hexdigest()
 
 

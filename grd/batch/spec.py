@@ -96,6 +96,7 @@ def _need_notebook(name: str, typed: Mapping[str, Any]) -> None:
 
 def take_apart(document: dict[str, Any], origin: str) -> Spec:
     """Check the words of a spec and list its runs. Raises UsageError, NotFoundError for a missing file."""
+    documents.check_storable(document, origin)
     _check_keys(document, BATCH_KEYS, origin)
     common = _mapping(document.get("parameters"), f"{origin}: parameters")
     for name in ("grid", "zip"):
@@ -174,6 +175,7 @@ def _file(value: Any, place: str) -> list[Row]:
         if not found:
             raise UsageError(f"{value}: no rows")
         return [Row(place=f"{value}: line {line}", parameters=values) for line, values in found]
+    documents.check_storable(found, str(value))
     return _list(found, str(value))
 
 

@@ -17,13 +17,13 @@ from grd.batch.following import OnEvent, OnNote, follow
 from grd.batch.looking import Batch, batch_status
 from grd.batch.plan import Plan, make_plan
 from grd.batch.spec import read_spec
-from grd.errors import RunBusy, UsageError
+from grd.errors import ResourceUnavailable, RunBusy, UsageError
 from grd.files import take_lock
 from grd.hardware import leases
 from grd.hardware.leases import Wanted as Leased
 from grd.hardware.pools import TRAINING
 from grd.runs import recovery
-from grd.settings import find_project_root, load_settings
+from grd.settings import Settings, find_project_root, load_settings
 from grd.steps import keys
 from grd.steps.run import runs_folder
 from grd.steps.started import tell
@@ -58,8 +58,7 @@ def batch(
     root = find_project_root(Path.cwd())
     common = {name: getattr(plan.options, name) for name in ("grace", "start_timeout", "max_output")}
     settings, _ = load_settings(root, common)
-    if plan.options.gpus is not None or plan.options.gpu_pool is not None:
-        leases.check(Leased(plan.options.gpus or 0, plan.options.gpu_pool or TRAINING), settings)
+    _check_gpus(plan, settings)
     name = str(plan.spec.settings.get("name") or _name_of(plan))
     batch_id = records.new_batch_id(name)
     done = already_completed(plan, place)
@@ -80,6 +79,17 @@ def batch(
         tell(on_note, warning)
     process = launch_coordinator(folder, lock, record.working_dir)
     return _see_to_end(Batch(folder, process=process), wait, on_start, on_event, on_note)
+
+
+def _check_gpus(plan: Plan, settings: Settings) -> None:
+    """Raises ResourceUnavailable or ConfigurationError where no run could ever have its GPUs."""
+    asked = plan.options.gpus is not None or plan.options.gpu_pool is not None
+    try:
+        count = (plan.options.gpus or 0) if asked else None
+        leases.check(Leased(count, plan.options.gpu_pool or TRAINING), settings)
+    except ResourceUnavailable:
+        if asked:
+            raise  # else the runs of a batch wait for each other's
 
 
 def plan_of(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from grd import contract
+from grd.errors import ResourceUnavailable
 from grd.settings import format_duration
 
 WIDEST = 40
@@ -29,8 +30,10 @@ class Table:
     @property
     def df(self) -> Any:
         """A pandas DataFrame, a row for each run; parameters and metrics get columns. Needs pandas."""
-        import pandas
-
+        try:
+            import pandas
+        except ImportError:
+            raise ResourceUnavailable("a DataFrame needs pandas: pip install pandas") from None
         return pandas.json_normalize(self._rows)
 
     def csv(self) -> str:

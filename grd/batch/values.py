@@ -12,6 +12,7 @@ from grd.execution.parameters import RawText
 _RANGE = re.compile(r"\s*(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\s*")
 _RANGE_LIKE = re.compile(r"\s*[-+.\d eE]+\.\.[-+.\d eE]+\s*")
 MOST_VALUES = 100_000
+MOST_DIGITS = 18
 """A range beyond that is a slip of the finger, and would take the memory before anybody could see it."""
 
 _CLOSING = {"[": "]", "{": "}", "(": ")"}
@@ -45,14 +46,17 @@ def numbers(text: str) -> list[int]:
     match = _RANGE.fullmatch(text)
     if match is None:
         raise UsageError(f"{text!r} is no range of whole numbers, such as 1..3")
+    if max(map(len, filter(None, match.groups()))) > MOST_DIGITS:
+        raise UsageError(f"the range {text[:40]}... has numbers of over {MOST_DIGITS} digits")
     first, last = int(match[1]), int(match[2])
     step = int(match[3]) if match[3] is not None else (1 if last >= first else -1)
     if step == 0 or (last - first) * step < 0:
         raise UsageError(f"the range {text.strip()} has no numbers")
-    found = range(first, last + (1 if step > 0 else -1), step)
-    if len(found) > MOST_VALUES:
-        raise UsageError(f"the range {text.strip()} has {len(found):,} numbers; at most {MOST_VALUES:,}")
-    return list(found)
+    count = (last - first) // step + 1
+    if count > MOST_VALUES:
+        many = f"{count:,}" if count < 10**18 else "too many"
+        raise UsageError(f"the range {text.strip()[:80]} has {many} numbers; at most {MOST_VALUES:,}")
+    return list(range(first, last + (1 if step > 0 else -1), step))
 
 
 def _pieces(text: str) -> list[str]:

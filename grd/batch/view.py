@@ -6,6 +6,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from grd import contract
@@ -16,6 +17,7 @@ from grd.errors import ConfigurationError, RunNotFound
 from grd.runs import recovery
 from grd.runs.batch_folder import BatchFolder
 from grd.runs.folder import RunFolder
+from grd.runs.model import RunRecord
 from grd.steps import keys
 
 
@@ -72,6 +74,15 @@ def look(
     return [_row(folder, record, run, events.get(run.index), waiting) for run in runs]
 
 
+def _seconds(record: RunRecord) -> float | None:
+    """What all attempts took, the one under way as far as it is."""
+    used = record.budget.get("used_seconds")
+    if record.state == contract.RUNNING and record.current.started_at is not None:
+        began = datetime.fromisoformat(record.current.started_at)
+        return float(used or 0.0) + max(0.0, round((datetime.now(UTC) - began).total_seconds(), 3))
+    return None if used is None else float(used)
+
+
 def _row(
     folder: BatchFolder, record: BatchRecord, run: PlannedRun, event: dict[str, Any] | None, waiting: str
 ) -> BatchRow:
@@ -94,7 +105,6 @@ def _row(
     own = (of_run.batch or {}).get("id") == folder.batch_id
     if not name and not own and record.options.get("force"):
         return BatchRow(run=run, state=waiting)  # the one before: this one has not been made yet
-    seconds = of_run.budget.get("used_seconds")
     return BatchRow(
         run=run,
         run_id=of_run.run_id,
@@ -104,7 +114,7 @@ def _row(
         attempts=len(of_run.attempts),
         started_at=of_run.started_at,
         ended_at=of_run.ended_at,
-        seconds=None if seconds is None else float(seconds),
+        seconds=_seconds(of_run),
         metrics=of_run.metrics,
         progress=of_run.progress,
         own=own,

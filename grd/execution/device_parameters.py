@@ -18,17 +18,21 @@ def device_parameters(
     *,
     n_gpus: int,
     batch_size: int = DEFAULT_BATCH_SIZE,
+    base_batch_size: int | None = None,
 ) -> dict[str, Any]:
     """Values for those of the names below that the notebook declares and nobody has given.
 
     ``declared`` has the literal default of each declared name (``...`` for an expression), ``given`` what
-    the run's parameters are; ``batch_size`` is of one device where neither says it. Always given:
+    the run's parameters are. Where neither says a batch size, it is ``base_batch_size`` (by default the same)
+    on one device or none, and ``batch_size`` on each of several. Always given:
     ``gpu_ids`` (positions among the devices the kernel sees, from 0), ``batch_size_per_gpu`` and
     ``global_batch``. Only where the notebook leaves them None, since these names are everybody's: ``devices``
     (as ``gpu_ids``), ``num_gpus``, ``device`` ("cuda" or "cpu"), ``strategy`` ("ddp" for several devices,
     else None), ``base_batch_size``, and ``deepspeed_config`` (ZeRO stage 2 without offloading).
     """
-    per_gpu = _batch_size(declared, given, batch_size)
+    base = batch_size if base_batch_size is None else base_batch_size
+    said = _batch_size(declared, given)
+    per_gpu = said or (batch_size if n_gpus > 1 else base)
     values: dict[str, Callable[[], Any]] = {
         "gpu_ids": lambda: list(range(n_gpus)),
         "batch_size_per_gpu": lambda: per_gpu,
@@ -37,7 +41,7 @@ def device_parameters(
         "num_gpus": lambda: n_gpus,
         "device": lambda: "cuda" if n_gpus else "cpu",
         "strategy": lambda: "ddp" if n_gpus > 1 else None,
-        "base_batch_size": lambda: per_gpu,
+        "base_batch_size": lambda: said or base,
         "deepspeed_config": lambda: _deepspeed(per_gpu, n_gpus),
     }
     return {
@@ -52,14 +56,14 @@ _OURS = ("gpu_ids", "batch_size_per_gpu", "global_batch")
 NAMES = (*_OURS, "devices", "num_gpus", "device", "strategy", "base_batch_size", "deepspeed_config")
 
 
-def _batch_size(declared: Mapping[str, Any], given: Mapping[str, Any], otherwise: int) -> int:
+def _batch_size(declared: Mapping[str, Any], given: Mapping[str, Any]) -> int | None:
     """Of one device: the base size is the one that counts where that of a device is not said."""
     for source in (given, declared):
         for name in ("batch_size_per_gpu", "base_batch_size"):
             value = source.get(name)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
-    return otherwise
+    return None
 
 
 def _deepspeed(per_gpu: int, n_gpus: int) -> dict[str, Any]:

@@ -37,8 +37,8 @@ class GpuTurn:
         """Lease what the run wants, once it is free; ``say`` hears now and then what is waited for.
 
         Returns without any if ``stopped`` says so. Where nobody asked for GPUs and none can be leased it
-        returns a warning, for the run goes on with all of them. Raises ResourceUnavailable or
-        ConfigurationError where those that were asked for can never be had.
+        returns a warning, for the run goes on with all of them. Raises ResourceUnavailable where those that
+        were asked for can never be had, and ConfigurationError where a pool names what is not there.
         """
         if leases.is_unasked_for_nothing(self._wanted, os.environ):
             return None
@@ -60,7 +60,7 @@ class GpuTurn:
                     who = "; ".join(leases.describe_holder(each) for each in leases.holders())
                     say(f"waiting for {_count(self._wanted.count or 1)}: {who or 'none is free'}")
                 time.sleep(POLL_SECONDS)
-        except (ResourceUnavailable, ConfigurationError) as error:
+        except ResourceUnavailable as error:
             if self._wanted.count is None:
                 return f"no GPU was leased, another run may use the same: {error}"
             raise
@@ -92,15 +92,17 @@ class GpuTurn:
             if found is None:
                 return {}
             count = found
+        per_gpu, base = self._batch_sizes()
         return device_parameters(
-            declared, self._attempt.parameters, n_gpus=count, batch_size=self._batch_size()
+            declared, self._attempt.parameters, n_gpus=count, batch_size=per_gpu, base_batch_size=base
         )
 
-    def _batch_size(self) -> int:
+    def _batch_sizes(self) -> tuple[int, int]:
+        """Of each of several devices, and of a single one."""
         with contextlib.suppress(ConfigurationError):
             settings, _ = load_settings(find_project_root(Path(self._record.working_dir)))
-            return settings.batch_size_per_gpu
-        return DEFAULT_BATCH_SIZE
+            return settings.batch_size_per_gpu, settings.base_batch_size
+        return DEFAULT_BATCH_SIZE, DEFAULT_BATCH_SIZE
 
     def close(self) -> None:
         """Give them back. The guardian, if it still lives, keeps them until the kernel's end."""

@@ -64,6 +64,8 @@ def read_notebook(location: str) -> Source:
         raise NotebookError(f"{location} is no notebook: it is not UTF-8 text") from None
     except OSError as error:
         raise NotebookNotFound(f"{location} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a NUL in its name
+        raise NotebookNotFound(f"{location!r} is no name of a file: {error}") from None
     return Source(str(path.resolve()), text, parse_notebook(text, location))
 
 

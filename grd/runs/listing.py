@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,9 +94,11 @@ def _stamps(runs_dir: Path) -> dict[str, Stamp]:
     try:
         for name in names:
             try:  # as suppress() would, ten thousand times
-                stamps[name] = Stamp.of(os.stat(name + "/run.json", dir_fd=place))
+                found = os.stat(name + "/run.json", dir_fd=place)
             except OSError:
                 continue
+            if stat.S_ISREG(found.st_mode):  # to read a pipe would never end
+                stamps[name] = Stamp.of(found)
     finally:
         os.close(place)
     return stamps

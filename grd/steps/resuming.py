@@ -134,10 +134,11 @@ def resume_folder(
     ask: Asker | Answered | None = None,
     environment: Mapping[str, str] | None = None,
     start: StartRunner = start_runner,
+    batch_id: str | None = None,
     on_note: OnNote | None,
 ) -> Started:
     """`resume` of the run in ``folder``, started, as ``start`` does, and not waited for; ``environment`` is
-    its runner's, besides this process's.
+    its runner's, besides this process's. ``batch_id`` is the batch that wants it, and whose agreement counts.
 
     ``retrying`` is for who resumes it by itself: a stop that was asked for meanwhile holds, and attempts go
     on being counted.
@@ -156,7 +157,8 @@ def resume_folder(
             folder, record, parameters, notebook, from_epoch, allow_unknown=allow_unknown
         )
         _apply_limits(record, changes, timeout, budget, grace)
-        agreed = _agree(folder, record, timeout is not None or budget is not None, ask)
+        typed = batch_id is None and (timeout is not None or budget is not None)
+        agreed = _agree(folder, record, typed, ask, batch_id)
         used = float(record.budget.get("used_seconds") or 0.0)
         record.budget = {**agreed.budget(used), "typed": record.budget.get("typed")}
         if start_timeout is not None:
@@ -299,7 +301,13 @@ def _apply_limits(
         record.grace = grace_seconds
 
 
-def _agree(folder: RunFolder, record: RunRecord, typed_now: bool, ask: Asker | Answered | None) -> Agreed:
+def _agree(
+    folder: RunFolder,
+    record: RunRecord,
+    typed_now: bool,
+    ask: Asker | Answered | None,
+    batch_id: str | None = None,
+) -> Agreed:
     budget = record.budget
     typed = budget.get("typed", budget.get("seconds") if budget.get("agreed") == "typed" else None)
     root = find_project_root(Path(record.working_dir))
@@ -311,7 +319,7 @@ def _agree(folder: RunFolder, record: RunRecord, typed_now: bool, ask: Asker | A
             project=str(root),
             notebook=record.notebook,
             run_id=folder.run_id,
-            batch_id=None if record.batch is None else str(record.batch.get("id")),
+            batch_id=batch_id or (None if record.batch is None else str(record.batch.get("id"))),
         ),
         timeout=record.timeout,
         budget=typed,

@@ -27,7 +27,9 @@ def run_argument(
 
 def batch_argument(*, default: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """The argument BATCH."""
-    return click.argument("batch", required=default is None, default=default, shell_complete=complete_batches)
+    if default is None:  # which, said explicitly, click takes for a default
+        return click.argument("batch", shell_complete=complete_batches)
+    return click.argument("batch", required=False, default=default, shell_complete=complete_batches)
 
 
 def complete_batches(
