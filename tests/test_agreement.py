@@ -10,12 +10,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import LIMIT_SECONDS, Finished, Project, cannot_be_had, wait_until
 from test_research import PARAMETERS, TRAIN
+
+from grd.agreement import log as log_module
+from grd.agreement.clock import now
+from grd.agreement.log import AgreementLog
 
 pytestmark = pytest.mark.faults
 
@@ -284,6 +289,40 @@ def test_revoke_and_approvals_name_what_is_not_there(strict: Project) -> None:
     assert f"grd revoke {given['id']}" in shown
     assert "granted" in strict.grd("approvals", "--log").out
     assert strict.grd("revoke", "--all", "--json").json["grants"][0]["state"] == "revoked"
+
+
+def test_a_mistyped_grant_leaves_a_damaged_log_where_it_lies(strict: Project) -> None:
+    grant(strict, "--total", "1h")
+    path = Path(strict.environment["GRD_STATE_DIR"], "approvals.jsonl")
+    path.write_text(path.read_text().replace("3600.0", "36000.0"))
+    for options in (("--max", "2x"), ("--until", "yesterday"), ("--until", "40d"), ("--total", "0")):
+        refused = at_terminal(strict, "approve", *options)
+        assert refused.code == 2, refused.err
+    assert sorted(path.parent.glob("approvals.damaged-*.jsonl")) == []
+    assert len(log(strict)) == 1
+
+
+def test_a_state_folder_that_cannot_be_one_is_one_line(strict: Project) -> None:
+    path = strict.path / "state-file"
+    path.write_text("not a folder")
+    strict.environment["GRD_STATE_DIR"] = str(path)
+    refused = at_terminal(strict, "approve", "--total", "1h")
+    assert refused.code == 69, refused.err
+    assert "Traceback" not in refused.err
+    assert "make its folder writable" in refused.err
+
+
+def test_a_grant_given_after_the_clock_was_once_ahead_lasts_as_typed(
+    strict: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead = replace(now(), wall=time.time() + 3 * 86400, boot_id="an earlier one")
+    monkeypatch.setattr(log_module, "now", lambda: ahead)
+    AgreementLog(Path(strict.environment["GRD_STATE_DIR"])).append("declined", by={})
+    done = at_terminal(strict, "approve", "--total", "1h", "--until", "2h", "--json")
+    assert done.json["grant"]["state"] == "valid"
+    assert "clock was ahead once" in done.err
+    assert "3d" in done.err or "72h" in done.err
+    assert strict.grd("research", "train.ipynb", "--timeout", "30m").code == 0
 
 
 @pytest.fixture

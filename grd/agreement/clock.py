@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,13 @@ class Moment:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Moment:
         """The moment that an entry of the log has. Raises KeyError, TypeError or ValueError."""
-        return cls(float(value["t"]), value.get("boot_id"), float(value["since_boot"]))
+        try:
+            wall, since_boot = float(value["t"]), float(value["since_boot"])
+        except OverflowError as error:  # an integer with hundreds of digits
+            raise ValueError(str(error)) from None
+        if not (math.isfinite(wall) and math.isfinite(since_boot)):
+            raise ValueError("a moment must be finite")
+        return cls(wall, value.get("boot_id"), since_boot)
 
 
 def now() -> Moment:

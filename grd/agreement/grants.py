@@ -13,7 +13,6 @@ from grd.agreement.clock import Moment, true_time
 GRANTED, DECLINED, TYPED, RESERVED, USED, REVOKED = (
     "granted", "declined", "typed", "reserved", "used", "revoked"
 )  # fmt: skip
-RESTARTED = "restarted"
 
 RUN, BATCH, NOTEBOOK, PROJECT, EVERYWHERE = "run", "batch", "notebook", "project", "everywhere"
 SCOPES = (RUN, BATCH, NOTEBOOK, PROJECT, EVERYWHERE)
@@ -161,6 +160,6 @@ def replay(entries: Iterable[Mapping[str, Any]]) -> Ledger:
                     ledger.open[attempt] = grant_id
                 else:
                     ledger.open.pop(attempt, None)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             continue  # of no grant that could be understood: it gives nobody anything
     return ledger

@@ -84,8 +84,7 @@ def approve(
     in_all = _seconds("--total", total)
     book = Book()
     _, problem = book.ledger()
-    if problem is not None:
-        aside = book.log.restart(problem)
+    if problem is not None and (aside := book.log.restart()) is not None:
         say(f"{problem}: a new log was begun, the old one lies in {aside}; its grants no longer count")
     grant = book.grant(
         scope,
