@@ -43,6 +43,13 @@ class Book:
         found = self.log.read()
         return replay(() if found.problem else found.entries), found.problem
 
+    def time(self) -> float:
+        """The time as the log counts it (POSIX seconds), which ends of grants are counted from.
+
+        It is ahead of this machine's clock where that was ahead once: what was written then has passed.
+        """
+        return self.ledger()[0].time_at(now())
+
     def grant(
         self,
         scope: Scope,
@@ -54,14 +61,9 @@ class Book:
         reason: str | None = None,
         estimate: dict[str, Any] | None = None,
     ) -> Grant:
-        """Write a grant down. Raises UsageError for caps or an end that make no sense, and
-        ResourceUnavailable where it cannot be written."""
-        moment = now()
-        for name, value in (("per run", per_run), ("in all", total), ("until", ends - moment.wall)):
-            if not math.isfinite(value) or value <= 0:
-                raise UsageError(f"a grant needs a time above zero {name}, not {value:g} s")
-        if ends - moment.wall > LONGEST_GRANT_SECONDS + 1:
-            raise UsageError("a grant ends after 30 days at the latest")
+        """Write a grant down; ``ends`` is by `time`. Raises UsageError for caps or an end that make no sense,
+        and ResourceUnavailable where it cannot be written."""
+        check_terms(per_run=per_run, total=total, lasts=ends - self.time())
         if per_run > total:
             per_run = total
         name = secrets.token_hex(3)
@@ -167,6 +169,15 @@ class Book:
                 attempt = record.attempts[number - 1]
                 if number < record.attempt or record.state in contract.ENDED_STATES:
                     self.note_use(grant_id, run_id, number, attempt.seconds)
+
+
+def check_terms(*, per_run: float, total: float, lasts: float) -> None:
+    """Raise UsageError for a grant's caps, or a time to its end, that make no sense. All are seconds."""
+    for name, value in (("per run", per_run), ("in all", total), ("until", lasts)):
+        if not math.isfinite(value) or value <= 0:
+            raise UsageError(f"a grant needs a time above zero {name}, not {value:g} s")
+    if lasts > LONGEST_GRANT_SECONDS + 1:
+        raise UsageError("a grant ends after 30 days at the latest")
 
 
 def is_allowed_headless(file: Path | None = None) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from grd.runs.processes import boot_id
@@ -39,6 +39,11 @@ def now() -> Moment:
     """This moment; CLOCK_BOOTTIME goes on while the machine sleeps."""
     clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
     return Moment(time.time(), boot_id(), time.clock_gettime(clock))
+
+
+def after(past: Moment | None, moment: Moment) -> Moment:
+    """``moment`` with the time as agreements count it, where ``past`` is the latest that they know of."""
+    return moment if past is None else replace(moment, wall=true_time(moment, [past]))
 
 
 def true_time(moment: Moment, known: Iterable[Moment]) -> float:

@@ -104,9 +104,10 @@ class Ledger:
         """Seconds of a grant that were used or are reserved."""
         return sum(self.used.get(grant_id, {}).values())
 
-    def time_at(self, moment: Moment, grant: Grant) -> float:
-        """The wall clock at ``moment``, as far as it can be believed."""
-        return true_time(moment, [past for past in (grant.made, self.last) if past is not None])
+    def time_at(self, moment: Moment, grant: Grant | None = None) -> float:
+        """The wall clock at ``moment``, as far as it can be believed: ends of grants are counted by it."""
+        made = None if grant is None else grant.made
+        return true_time(moment, [past for past in (made, self.last) if past is not None])
 
     def state_of(self, grant: Grant, moment: Moment) -> str:
         """valid, revoked, expired, or used up."""
@@ -141,7 +142,7 @@ def replay(entries: Iterable[Mapping[str, Any]]) -> Ledger:
     ledger = Ledger()
     for entry in entries:
         moment = Moment.from_dict(entry)
-        if ledger.last is None or moment.wall > ledger.last.wall:
+        if ledger.last is None or moment.wall >= ledger.last.wall:
             ledger.last = moment
         kind, grant_id = entry.get("kind"), str(entry.get("grant"))
         try:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from grd.agreement.chain import FIRST, chain_of, hash_of
-from grd.agreement.clock import Moment, now
+from grd.agreement.clock import Moment, after, now
 from grd.errors import ResourceUnavailable
 from grd.files import LOCKS_UNSUPPORTED, atomic_write, fsync_folder, read_json, take_lock
 
@@ -92,7 +92,11 @@ class AgreementLog:
             if found.problem is not None:
                 raise ResourceUnavailable(f"{found.problem}; see: grd approvals --verify")
             made = look(found.entries)
-            return None if made is None else self._write(found.entries, made[0], now(), made[1])
+            return (
+                None
+                if made is None
+                else self._write(found.entries, made[0], _moment_after(found.entries), made[1])
+            )
 
     def restart(self) -> Path | None:
         """Put a damaged log aside and begin a new one that says so; returns where the old one lies.
@@ -176,3 +180,10 @@ class AgreementLog:
         if count and entries[count - 1]["hash"] != head["hash"]:
             return f"{self.path} was edited: entry {count} is another one"
         return None
+
+
+def _moment_after(entries: tuple[dict[str, Any], ...]) -> Moment:
+    """This moment, for an entry after ``entries``: no entry's time is before another's, so that a clock that
+    was once ahead and is right again, and one that was set back, are counted on from where they were."""
+    latest = max(reversed(entries), key=lambda entry: float(entry["t"]), default=None)
+    return after(None if latest is None else Moment.from_dict(latest), now())

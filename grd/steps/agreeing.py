@@ -188,7 +188,7 @@ def _agreed_by(book: Book, question: Question, answer: str, who: str | None) -> 
             Scope(kind=PROJECT, value=question.place.project),
             per_run=SESSION_SECONDS,
             total=SESSION_SECONDS,
-            ends=time.time() + SESSION_SECONDS,
+            ends=book.time() + SESSION_SECONDS,
             by=identity(who),
             estimate=question.estimate.to_dict(),
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from grd.agreement.book import Book, is_allowed_headless
+from grd.agreement.book import Book, check_terms, is_allowed_headless
 from grd.agreement.clock import now
 from grd.agreement.grants import Grant, Ledger
 from grd.agreement.person import identity, who_can_answer
@@ -25,6 +25,10 @@ from grd.steps.agreeing import scope_of
 from grd.steps.run import runs_folder
 
 DEFAULT_UNTIL = "12h"
+
+AHEAD_SECONDS = 60.0
+"""What the log's time may be ahead of this machine's clock without a word."""
+
 _TIME_OF_DAY = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)")
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -82,15 +86,25 @@ def approve(
         project=project,
     )
     in_all = _seconds("--total", total)
+    for_one = in_all if per_run is None else _seconds("--max", per_run)
+    lasts = _seconds_until(until)
+    check_terms(per_run=for_one, total=in_all, lasts=lasts)
     book = Book()
     _, problem = book.ledger()
     if problem is not None and (aside := book.log.restart()) is not None:
         say(f"{problem}: a new log was begun, the old one lies in {aside}; its grants no longer count")
+    here = book.time()
+    if (ahead := here - time.time()) > AHEAD_SECONDS:
+        say(
+            f"this machine's clock was ahead once: the log of agreements counts on from then and is "
+            f"{format_duration(round(ahead))} ahead now; the grant lasts as "
+            "long as you typed, and its end is shown by the log"
+        )
     grant = book.grant(
         scope,
-        per_run=in_all if per_run is None else _seconds("--max", per_run),
+        per_run=for_one,
         total=in_all,
-        ends=_end(until),
+        ends=here + lasts,
         by=identity(who if who is not None else "config"),
         reason=reason,
     )
@@ -166,14 +180,14 @@ def _seconds(flag: str, text: str) -> float:
         raise UsageError(f"{flag}: {error}") from None
 
 
-def _end(text: str) -> float:
-    """POSIX seconds of ``8h`` from now, or of the next ``18:00`` by this machine's clock."""
+def _seconds_until(text: str) -> float:
+    """Seconds to ``8h`` from now, or to the next ``18:00`` by this machine's clock."""
     match = _TIME_OF_DAY.fullmatch(text.strip())
     if match is None:
-        return time.time() + _seconds("--until", text)
+        return _seconds("--until", text)
     here = datetime.now().astimezone()
     end = here.replace(hour=int(match[1]), minute=int(match[2]), second=0, microsecond=0)
-    return (end if end > here else end + timedelta(days=1)).timestamp()
+    return ((end if end > here else end + timedelta(days=1)) - here).total_seconds()
 
 
 def _notebook(typed: str) -> str:
