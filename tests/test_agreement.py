@@ -200,6 +200,30 @@ def test_a_killed_runner_has_used_its_time_all_the_same(strict: Project) -> None
     assert [entry["kind"] for entry in log(strict)] == ["granted", "reserved", "used"]
 
 
+def test_a_look_while_the_guardian_lets_the_kernel_save_settles_nothing(strict: Project) -> None:
+    grant(strict, "--total", "1h", "--max", "30m")
+    strict.notebook(
+        "clings.ipynb",
+        "import pathlib, time\npathlib.Path('begun').touch()\n"
+        "while True:\n    try:\n        time.sleep(60)\n"
+        "    except BaseException:\n        pathlib.Path('saving').touch()\n",
+        parameters=PARAMETERS,
+    )
+    assert strict.grd("research", "clings.ipynb", "--grace", "8s", "--detach").code == 0
+    wait_until((strict.path / "begun").exists, "its cell")
+    began = time.monotonic()
+    os.kill(strict.record()["runner"]["pid"], signal.SIGKILL)
+    wait_until((strict.path / "saving").exists, "the guardian's request")
+    row = strict.grd("approvals", "--json").json["grants"][0]
+    assert row["used_seconds"] == 1800, "all that is reserved, while the kernel still runs"
+    wait_until(lambda: not strict.processes(), "the kernel's end")
+    row = strict.grd("approvals", "--json").json["grants"][0]
+    used = strict.grd("status", "last", "--json").json["budget"]["used_seconds"]
+    assert 0 < used == pytest.approx(row["used_seconds"])
+    assert row["used_seconds"] <= time.monotonic() - began + 60
+    assert [entry["kind"] for entry in log(strict)] == ["granted", "reserved", "used"]
+
+
 def test_an_edited_log_gives_nobody_anything_and_a_person_begins_a_new_one(strict: Project) -> None:
     grant(strict, "--total", "1h")
     path = Path(strict.environment["GRD_STATE_DIR"], "approvals.jsonl")

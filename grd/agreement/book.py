@@ -16,7 +16,7 @@ from grd.agreement.clock import Moment, now
 from grd.agreement.grants import Grant, Ledger, Place, Scope, replay
 from grd.agreement.log import AgreementLog
 from grd.errors import ConfigurationError, GrdError, NotFoundError, ResourceUnavailable, UsageError
-from grd.runs import recovery
+from grd.runs import recovery, store
 from grd.runs.folder import RunFolder
 from grd.settings import state_dir, user_config_file
 
@@ -153,7 +153,10 @@ class Book:
         return problem is None and grant is not None and grant.revoked_at is not None
 
     def settle(self) -> None:
-        """Count what attempts have used whose runners could not tell it themselves. Never raises."""
+        """Count what attempts have used whose runners could not tell it themselves. Never raises.
+
+        What is reserved stays so until the end of its attempt is stored: only then it is known.
+        """
         found = self.log.read()
         if found.problem:
             return
@@ -165,7 +168,9 @@ class Book:
         }
         for (run_id, number), grant_id in ledger.open.items():
             with contextlib.suppress(GrdError, OSError, IndexError):
-                record = recovery.current_record(RunFolder(Path(folders[(run_id, number)])))
+                folder = RunFolder(Path(folders[(run_id, number)]))
+                recovery.current_record(folder)
+                record = store.load(folder)  # not what is only told: its kernel may still be at work
                 attempt = record.attempts[number - 1]
                 if number < record.attempt or record.state in contract.ENDED_STATES:
                     self.note_use(grant_id, run_id, number, attempt.seconds)
