@@ -200,6 +200,39 @@ def test_a_killed_runner_has_used_its_time_all_the_same(strict: Project) -> None
     assert [entry["kind"] for entry in log(strict)] == ["granted", "reserved", "used"]
 
 
+def test_a_grant_of_which_a_run_has_all_can_be_taken_back_with_all_others(strict: Project) -> None:
+    given = grant(strict, "--total", "1h")
+    assert strict.grd("research", "waits.ipynb", "--detach").code == 0
+    strict.wait_for_event("progress", name="epochs")
+    row = strict.grd("approvals", "--json").json["grants"][0]
+    assert (row["state"], row["revocable"]) == ("used up", True)
+    assert f"grd revoke {given['id']}" in strict.grd("approvals").out
+    revoked = strict.grd("revoke", "--all")
+    assert revoked.code == 0, revoked.err
+    assert given["id"] in revoked.out
+    assert strict.grd("wait", "last").code == 75
+    assert strict.record()["cause"] == "revoked"
+    assert "no run uses one" in strict.grd("revoke", "--all").out
+    assert strict.grd("approvals", "--json").json["grants"][0]["revocable"] is False
+
+
+def test_a_run_ends_when_a_new_log_has_nothing_of_its_grant(strict: Project) -> None:
+    given = grant(strict, "--total", "2h", "--max", "1h")
+    assert strict.grd("research", "waits.ipynb", "--detach").code == 0
+    strict.wait_for_event("progress", name="epochs")
+    path = Path(strict.environment["GRD_STATE_DIR"], "approvals.jsonl")
+    path.write_text(path.read_text().replace("7200.0", "72000.0"))
+    for arguments in ([given["id"]], ["--all"]):
+        refused = strict.grd("revoke", *arguments)
+        assert refused.code == 69, refused.err
+        assert "grd stop RUN" in refused.err
+    assert strict.record()["state"] == "running", "a log that cannot be read says nothing"
+    anew = at_terminal(strict, "approve", "--total", "2h", "--max", "1h")
+    assert "runs that use one save and stop" in anew.err
+    assert strict.grd("wait", "last").code == 75
+    assert (strict.record()["state"], strict.record()["cause"]) == ("interrupted", "revoked")
+
+
 def test_a_look_while_the_guardian_lets_the_kernel_save_settles_nothing(strict: Project) -> None:
     grant(strict, "--total", "1h", "--max", "30m")
     strict.notebook(

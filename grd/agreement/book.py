@@ -81,10 +81,9 @@ class Book:
         return self.ledger()[0].grants[name]
 
     def revoke(self, name: str, by: dict[str, Any]) -> Grant:
-        """Take a grant back, also while runs use it. Raises NotFoundError or UsageError for no such grant."""
-        ledger, problem = self.ledger()
-        if problem:
-            raise ResourceUnavailable(f"{problem}; no grant counts; see: grd approvals --verify")
+        """Take a grant back, also while runs use it. Raises NotFoundError or UsageError for no such grant,
+        and ResourceUnavailable where the log is damaged."""
+        ledger = self._whole_ledger()
         found = [grant for grant in ledger.grants.values() if grant.id.startswith(name)] if name else []
         if len(found) != 1:
             raise NotFoundError(f"no grant {name!r}; see: grd approvals")
@@ -92,6 +91,22 @@ class Book:
             raise UsageError(f"grant {found[0].id} is revoked already")
         self.log.append(grants.REVOKED, grant=found[0].id, by=by)
         return self.ledger()[0].grants[found[0].id]
+
+    def revoke_all(self, by: dict[str, Any]) -> list[Grant]:
+        """Take back all grants that are valid, or that a run still uses. Raises ResourceUnavailable."""
+        self.settle()
+        ledger, moment = self._whole_ledger(), now()
+        names = [grant.id for grant in ledger.grants.values() if ledger.can_be_revoked(grant, moment)]
+        return [self.revoke(name, by) for name in names]
+
+    def _whole_ledger(self) -> Ledger:
+        ledger, problem = self.ledger()
+        if problem is not None:
+            raise ResourceUnavailable(
+                f"{problem}; no grant counts, and none can be taken back; a run is ended by: grd stop RUN, "
+                "and all that use a grant of this log by a new one, which a person begins: grd approve"
+            )
+        return ledger
 
     def find(
         self, place: Place, used_by_run: float = 0.0, wanted: float | None = None
@@ -147,10 +162,15 @@ class Book:
             )
 
     def is_revoked(self, grant_id: str) -> bool:
-        """Whether somebody took the grant back; a log that cannot be read says nothing."""
-        ledger, problem = self.ledger()
-        grant = ledger.grants.get(grant_id)
-        return problem is None and grant is not None and grant.revoked_at is not None
+        """Whether somebody took the grant back, or began a new log, in which nobody can show it.
+
+        A log that cannot be read, and one that has no entries, say nothing.
+        """
+        found = self.log.read()
+        if found.problem is not None or not found.entries:
+            return False
+        grant = replay(found.entries).grants.get(grant_id)
+        return grant is None or grant.revoked_at is not None
 
     def settle(self) -> None:
         """Count what attempts have used whose runners could not tell it themselves. Never raises.

@@ -117,6 +117,12 @@ class Ledger:
             return "expired"
         return "valid" if self.left(grant, moment) > 0 else "used up"
 
+    def can_be_revoked(self, grant: Grant, moment: Moment) -> bool:
+        """Whether taking it back changes anything: it is valid, or an attempt that has not ended uses it."""
+        if grant.revoked_at is not None:
+            return False
+        return self.state_of(grant, moment) == "valid" or grant.id in self.open.values()
+
     def left(self, grant: Grant, moment: Moment) -> float:
         """Seconds that are left of a grant's total, 0 if it is no longer valid."""
         if grant.revoked_at is not None or self.time_at(moment, grant) >= grant.ends:

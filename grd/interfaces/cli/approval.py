@@ -92,7 +92,10 @@ def approve(
     book = Book()
     _, problem = book.ledger()
     if problem is not None and (aside := book.log.restart()) is not None:
-        say(f"{problem}: a new log was begun, the old one lies in {aside}; its grants no longer count")
+        say(
+            f"{problem}: a new log was begun, the old one lies in {aside}; its grants no longer "
+            "count, and runs that use one save and stop"
+        )
     here = book.time()
     if (ahead := here - time.time()) > AHEAD_SECONDS:
         say(
@@ -114,7 +117,7 @@ def approve(
 
 @click.command(cls=AnsweringCommand)
 @click.argument("grants", nargs=-1, metavar="GRANT...")
-@click.option("--all", "every", is_flag=True, help="All that are valid.")
+@click.option("--all", "every", is_flag=True, help="All that are valid, or that a run still uses.")
 @_json
 def revoke(grants: tuple[str, ...], every: bool, as_json: bool) -> Answer:
     """Take grants back. A run that uses one is asked to save and stop within a second or two.
@@ -124,17 +127,14 @@ def revoke(grants: tuple[str, ...], every: bool, as_json: bool) -> Answer:
     if bool(grants) == every:
         raise UsageError("name a GRANT or more (see: grd approvals), or give --all")
     book = Book()
-    names = list(grants)
-    if every:
-        ledger, _ = book.ledger()
-        names = [grant.id for grant in ledger.grants.values() if ledger.state_of(grant, now()) == "valid"]
     by = identity(who_can_answer())
-    revoked = [book.revoke(name, by) for name in names]
+    revoked = book.revoke_all(by) if every else [book.revoke(name, by) for name in grants]
     ledger, _ = book.ledger()
     rows = [_row(grant, ledger) for grant in revoked]
     return Answer(
         document={"schema": "grd.revoke/1", "grants": rows},
-        lines=[f"revoked {row['id']} ({row['scope']})" for row in rows] or ["no grant is valid"],
+        lines=[f"revoked {row['id']} ({row['scope']})" for row in rows]
+        or ["no grant is valid, and no run uses one"],
         as_json=as_json,
     )
 
@@ -202,6 +202,7 @@ def _row(grant: Grant, ledger: Ledger) -> dict[str, Any]:
         "id": grant.id,
         "scope": str(grant.scope),
         "state": ledger.state_of(grant, moment),
+        "revocable": ledger.can_be_revoked(grant, moment),
         "per_run_seconds": grant.per_run,
         "total_seconds": grant.total,
         "left_seconds": round(ledger.left(grant, moment), 3),
@@ -230,7 +231,7 @@ def _lines(rows: list[dict[str, Any]]) -> list[str]:
             caps += f"{format_duration(row['total_seconds'])} left, until {local_time(row['ends_at'])}"
         by = row["by"]
         lines.append(f"{caps}; by {by.get('user') or 'somebody'} ({by.get('how')})")
-        if row["state"] == "valid":
+        if row["revocable"]:
             lines.append(f"  to take it back: grd revoke {row['id']}")
     return lines
 
