@@ -152,6 +152,24 @@ def test_a_run_is_cut_at_its_grants_cap_and_says_what_to_type(strict: Project) -
     assert 25 <= cut.json["budget"]["used_seconds"] < 60
 
 
+def test_a_run_ends_with_its_grant_and_says_so(strict: Project) -> None:
+    given = grant(strict, "--until", "20s", "--total", "1h")
+    began = time.time()
+    cut = strict.grd("research", "waits.ipynb", "--grace", "20s", "--json")
+    assert cut.code == 75, cut.err
+    assert cut.json["cause"] == "approval_required"
+    assert cut.json["detail"] == f"grant {given['id']} has ended; a person types: grd approve"
+    cap = cut.json["attempts"][0]["cap"]
+    assert cap["seconds"] <= 20
+    assert cap["until_end"] is True
+    assert cut.json["checkpoint"] is not None
+    assert time.time() - began < 60
+    assert strict.grd("approvals", "--json").json["grants"][0]["state"] == "expired"
+    assert [entry["kind"] for entry in log(strict)] == ["granted", "reserved", "used", "expired"]
+    assert "expired" in strict.grd("approvals", "--log").out
+    assert strict.grd("resume", "last", "--timeout", "1h").code == 77
+
+
 def test_the_total_of_a_grant_holds_for_runs_at_once(strict: Project) -> None:
     (strict.path / "grd.toml").write_text('default_timeout = "9s"\n')  # what the third one gets
     given = grant(strict, "--max", "8s", "--total", "12s")

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grd.agreement import book as book_module
 from grd.agreement import chain, decision
 from grd.agreement import log as log_module
 from grd.agreement.book import Book
@@ -341,6 +342,42 @@ def test_what_is_reserved_cannot_be_reserved_again_and_use_replaces_it(tmp_path:
     assert mine.reserve(grant, run(tmp_path, "d"), 1, 100.0) is None
     mine.note_use(grant.id, "a", 1, 30.0)
     assert mine.ledger()[0].left(grant, now()) == pytest.approx(70.0)
+
+
+def test_nothing_is_reserved_beyond_a_grants_end(tmp_path: Path) -> None:
+    mine = book(tmp_path)
+    soon = give(mine, ends=now().wall + 30)
+    taken = mine.reserve(soon, run(tmp_path, "a"), 1, 100.0)
+    assert taken is not None
+    assert 0 < taken.seconds <= 30
+    assert taken.until_end
+    late = give(mine)
+    taken = mine.reserve(late, run(tmp_path, "b"), 1, 90.0)
+    assert taken is not None
+    assert (taken.seconds, taken.until_end) == (90.0, False)
+    found = mine.find(HERE)
+    assert found is not None
+    assert found[0].id == late.id, "not the one that would cut the run off"
+    found = mine.find(HERE, wanted=5.0)
+    assert found is not None
+    assert found[0].id == soon.id, "soonest to end first, where it gives enough"
+
+
+def test_the_end_of_a_grant_is_written_down_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = book(tmp_path)
+    ended, revoked, valid = give(mine, ends=now().wall + 30), give(mine, ends=now().wall + 30), give(mine)
+    mine.revoke(revoked.id, BY)
+    real = now()
+    later = replace(real, wall=real.wall + 31, since_boot=real.since_boot + 31)
+    monkeypatch.setattr(book_module, "now", lambda: later)
+    for _ in range(3):
+        mine.settle()
+    noted = [entry["grant"] for entry in mine.log.read().entries if entry["kind"] == "expired"]
+    assert noted == [ended.id]
+    monkeypatch.undo()
+    states = {grant.id: mine.ledger()[0].state_of(grant, now()) for grant in (ended, revoked, valid)}
+    assert states[ended.id] == "expired"
+    assert states[valid.id] == "valid"
 
 
 def test_a_revoked_grant_covers_nothing_and_a_second_time_is_an_error(tmp_path: Path) -> None:

@@ -25,10 +25,12 @@ LONGEST_GRANT_SECONDS = 30 * 86400.0
 
 @dataclass(frozen=True)
 class Reservation:
-    """What an attempt may take of a grant: seconds, and whether that could be written down."""
+    """What an attempt may take of a grant: seconds, whether the grant's end is what bounds them, and whether
+    that could be written down."""
 
     grant: str
     seconds: float
+    until_end: bool
     counted: bool
 
 
@@ -111,30 +113,36 @@ class Book:
     def find(
         self, place: Place, used_by_run: float = 0.0, wanted: float | None = None
     ) -> tuple[Grant, Ledger, Moment] | None:
-        """The grant for a run at ``place``: the narrowest of those that give it ``wanted`` seconds."""
+        """The grant for a run at ``place``: the narrowest of those that give it ``wanted`` seconds.
+
+        Without ``wanted`` it is the one of the narrowest scope that gives most, for one that is about to end
+        would cut the run off.
+        """
         self.settle()
         ledger, _ = self.ledger()
         moment = now()
-        fitting = ledger.covering(place, moment)
-        best = [grant for grant in fitting if grant.per_run > used_by_run]
-        best.sort(
-            key=lambda grant: wanted is not None and grant.per_run < wanted
-        )  # keeps the order otherwise
-        return (best[0], ledger, moment) if best else None
+
+        def gives(grant: Grant) -> float:
+            return min(grant.per_run, used_by_run + ledger.available(grant, moment))
+
+        fitting = [grant for grant in ledger.covering(place, moment) if grant.per_run > used_by_run]
+        if wanted is not None:
+            fitting.sort(key=lambda grant: gives(grant) < wanted)  # keeps the order otherwise
+        else:
+            fitting.sort(key=lambda grant: (grants.SCOPES.index(grant.scope.kind), -gives(grant)))
+        return (fitting[0], ledger, moment) if fitting else None
 
     def reserve(self, grant: Grant, run: RunFolder, attempt: int, seconds: float) -> Reservation | None:
-        """Reserve up to ``seconds`` of a grant for an attempt; None if nothing is left.
+        """Reserve up to ``seconds`` of a grant for an attempt, none beyond its end; None if nothing is left.
 
         Nobody else can reserve the same time. Where the log is on a read-only file system the grant is used,
         but that is not counted.
         """
-        granted = 0.0
+        granted, until_end = 0.0, False
 
         def look(entries: tuple[dict[str, Any], ...]) -> tuple[str, dict[str, Any]] | None:
-            nonlocal granted
-            ledger = replay(entries)
-            same = ledger.grants.get(grant.id)
-            granted = 0.0 if same is None else min(seconds, ledger.left(same, now()))
+            nonlocal granted, until_end
+            granted, until_end = _take(replay(entries), grant.id, seconds)
             if granted <= 0:
                 return None
             return grants.RESERVED, {
@@ -149,10 +157,9 @@ class Book:
             made = self.log.append_after(look)
         except OSError:
             ledger, problem = self.ledger()
-            same = ledger.grants.get(grant.id)
-            left = 0.0 if same is None or problem else min(seconds, ledger.left(same, now()))
-            return Reservation(grant.id, left, counted=False) if left > 0 else None
-        return None if made is None else Reservation(grant.id, granted, counted=True)
+            granted, until_end = (0.0, False) if problem else _take(ledger, grant.id, seconds)
+            return Reservation(grant.id, granted, until_end, counted=False) if granted > 0 else None
+        return None if made is None else Reservation(grant.id, granted, until_end, counted=True)
 
     def note_use(self, grant_id: str, run_id: str, attempt: int, seconds: float) -> None:
         """What an attempt has really taken, in place of what was reserved. Never raises."""
@@ -173,7 +180,8 @@ class Book:
         return grant is None or grant.revoked_at is not None
 
     def settle(self) -> None:
-        """Count what attempts have used whose runners could not tell it themselves. Never raises.
+        """Count what attempts have used whose runners could not tell it themselves, and write down once of
+        each grant that it has ended. Never raises.
 
         What is reserved stays so until the end of its attempt is stored: only then it is known.
         """
@@ -194,6 +202,28 @@ class Book:
                 attempt = record.attempts[number - 1]
                 if number < record.attempt or record.state in contract.ENDED_STATES:
                     self.note_use(grant_id, run_id, number, attempt.seconds)
+        with contextlib.suppress(GrdError, OSError):
+            if _unnoted_end(found.entries) is not None:
+                while self.log.append_after(_unnoted_end) is not None:
+                    pass
+
+
+def _take(ledger: Ledger, grant_id: str, seconds: float) -> tuple[float, bool]:
+    """Of ``seconds`` those that the grant gives now, and whether its end is what bounds them."""
+    grant, moment = ledger.grants.get(grant_id), now()
+    if grant is None:
+        return 0.0, False
+    available = ledger.available(grant, moment)
+    return min(seconds, available), available < min(seconds, ledger.left(grant, moment))
+
+
+def _unnoted_end(entries: tuple[dict[str, Any], ...]) -> tuple[str, dict[str, Any]] | None:
+    """The entry for a grant that has ended, where there is one of which the log does not say so yet."""
+    ledger, moment = replay(entries), now()
+    for grant in ledger.grants.values():
+        if grant.id not in ledger.expired and ledger.state_of(grant, moment) == "expired":
+            return grants.EXPIRED, {"grant": grant.id, "ends": grant.ends}
+    return None
 
 
 def check_terms(*, per_run: float, total: float, lasts: float) -> None:

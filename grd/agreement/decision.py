@@ -39,7 +39,7 @@ class Facts:
     granted: float | None = None
     """What a grant that covers the run gives it, all its attempts together; None without one."""
     granted_left: float | None = None
-    """What is left of that grant's total."""
+    """What is left of that grant's total, up to its end."""
     allocation: float | None = None
     """Seconds to the end of the scheduler's job it runs in; None outside of one or where nobody knows."""
     in_job: bool = False

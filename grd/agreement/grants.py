@@ -10,8 +10,8 @@ from typing import Any
 
 from grd.agreement.clock import Moment, true_time
 
-GRANTED, DECLINED, TYPED, RESERVED, USED, REVOKED = (
-    "granted", "declined", "typed", "reserved", "used", "revoked"
+GRANTED, DECLINED, TYPED, RESERVED, USED, REVOKED, EXPIRED = (
+    "granted", "declined", "typed", "reserved", "used", "revoked", "expired"
 )  # fmt: skip
 
 RUN, BATCH, NOTEBOOK, PROJECT, EVERYWHERE = "run", "batch", "notebook", "project", "everywhere"
@@ -97,6 +97,8 @@ class Ledger:
     used: dict[str, dict[tuple[str, int], float]] = field(default_factory=dict)
     open: dict[tuple[str, int], str] = field(default_factory=dict)
     """Reservations that no use has settled yet, with their grant."""
+    expired: set[str] = field(default_factory=set)
+    """Grants of which the log says that they have ended."""
     last: Moment | None = None
     """The time of the newest entry."""
 
@@ -113,7 +115,7 @@ class Ledger:
         """valid, revoked, expired, or used up."""
         if grant.revoked_at is not None:
             return "revoked"
-        if self.time_at(moment, grant) >= grant.ends:
+        if self.seconds_to_end(grant, moment) <= 0:
             return "expired"
         return "valid" if self.left(grant, moment) > 0 else "used up"
 
@@ -125,9 +127,17 @@ class Ledger:
 
     def left(self, grant: Grant, moment: Moment) -> float:
         """Seconds that are left of a grant's total, 0 if it is no longer valid."""
-        if grant.revoked_at is not None or self.time_at(moment, grant) >= grant.ends:
+        if grant.revoked_at is not None or self.seconds_to_end(grant, moment) <= 0:
             return 0.0
         return max(0.0, grant.total - self.spent(grant.id))
+
+    def seconds_to_end(self, grant: Grant, moment: Moment) -> float:
+        """Seconds from ``moment`` to a grant's end, 0 for one that has ended."""
+        return 0.0 if grant.id in self.expired else max(0.0, grant.ends - self.time_at(moment, grant))
+
+    def available(self, grant: Grant, moment: Moment) -> float:
+        """Seconds that an attempt which starts at ``moment`` may take: of what is left, up to the end."""
+        return min(self.left(grant, moment), self.seconds_to_end(grant, moment))
 
     def used_by_run(self, grant_id: str, run_id: str) -> float:
         """Seconds of a grant that one run has used or reserved."""
@@ -157,6 +167,8 @@ def replay(entries: Iterable[Mapping[str, Any]]) -> Ledger:
             elif kind == REVOKED and grant_id in ledger.grants:
                 before = ledger.grants[grant_id]
                 ledger.grants[grant_id] = Grant(**{**vars(before), "revoked_at": moment.wall})
+            elif kind == EXPIRED:
+                ledger.expired.add(grant_id)
             elif kind in (RESERVED, USED):
                 attempt = (str(entry["run"]), int(entry["attempt"]))
                 seconds = float(entry["seconds"])

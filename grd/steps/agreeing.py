@@ -151,7 +151,7 @@ def _grant_for(book: Book, wanted: Wanted) -> tuple[Grant | None, float | None, 
     if found is None:
         return None, None, None
     grant, ledger, moment = found
-    return grant, grant.per_run, ledger.left(grant, moment)
+    return grant, grant.per_run, ledger.available(grant, moment)
 
 
 def _ask(
@@ -232,9 +232,10 @@ def _how_to_grant(book: Book, wanted: Wanted) -> str:
 
 
 def cap_of(agreed: Agreed, folder: RunFolder, attempt: int, used: float) -> dict[str, Any] | None:
-    """What the attempt may take beside what was typed, as the record keeps it; a grant's time is reserved.
+    """What the attempt may take beside what was typed, as the record keeps it; a grant's time is reserved,
+    and none beyond its end.
 
-    Raises ApprovalRequired where another run has taken the rest of the grant meanwhile.
+    Raises ApprovalRequired where the grant has ended, or another run has taken the rest of it, meanwhile.
     """
     if agreed.word == decision.ALLOCATION and agreed.attempt is not None:
         return {"seconds": agreed.attempt, "cause": contract.DEADLINE, "grant": None, "counted": True}
@@ -245,12 +246,14 @@ def cap_of(agreed: Agreed, folder: RunFolder, attempt: int, used: float) -> dict
     taken = Book().reserve(agreed.grant, folder, attempt, seconds)
     if taken is None:
         raise ApprovalRequired(
-            f"other runs have used up grant {agreed.grant.id} meanwhile; a person types: grd approve"
+            f"grant {agreed.grant.id} has ended, or other runs have used it up meanwhile; "
+            "a person types: grd approve"
         )
     return {
         "seconds": taken.seconds,
         "cause": contract.APPROVAL_REQUIRED,
         "grant": taken.grant,
+        "until_end": taken.until_end,
         "counted": taken.counted,
     }
 

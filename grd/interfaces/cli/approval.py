@@ -140,7 +140,9 @@ def revoke(grants: tuple[str, ...], every: bool, as_json: bool) -> Answer:
 
 
 @click.command(cls=AnsweringCommand)
-@click.option("--log", "whole", is_flag=True, help="Every entry: granted, typed, declined, used, revoked.")
+@click.option(
+    "--log", "whole", is_flag=True, help="Every entry, from granted and typed to revoked and expired."
+)
 @click.option("--verify", is_flag=True, help="Only whether the log is whole; exit code 1 if not.")
 @_json
 def approvals(whole: bool, verify: bool, as_json: bool) -> Answer:
