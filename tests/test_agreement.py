@@ -126,6 +126,25 @@ def test_only_a_person_grants_unless_the_users_own_file_allows_it(strict: Projec
     assert allowed.json["grant"]["by"]["how"] == "config"
 
 
+def test_what_the_users_own_file_agrees_to_is_written_down_and_given_once(strict: Project) -> None:
+    user = Path(strict.environment["XDG_CONFIG_HOME"], "grd", "config.toml")
+    user.write_text("[approval]\nallow_noninteractive = true\n")
+    (strict.path / "grd.toml").write_text('long_running_threshold = "2s"\n')
+    first = strict.grd("research", "waits.ipynb", "--timeout", "8s", "--grace", "20s", "--json")
+    assert (first.code, first.json["cause"]) == (75, "deadline"), first.err
+    (entry,) = log(strict)
+    assert (entry["kind"], entry["timeout"], entry["by"]["how"]) == ("allowed", 8, "config")
+    assert (entry["run"], entry["attempt"]) == (first.json["run_id"], 1)
+    refused = strict.grd("resume", "last")
+    assert refused.code == 77, "the 8 s are for all attempts together"
+    assert "8s for all attempts" in refused.err
+    assert len(log(strict)) == 1
+    more = strict.grd("resume", "last", "--timeout", "9s", "--json")
+    assert (more.code, more.json["cause"]) == (75, "deadline"), more.err
+    assert [(entry["attempt"], entry["timeout"]) for entry in log(strict)] == [(1, 8), (2, 9)]
+    assert "allowed run" in strict.grd("approvals", "--log").out
+
+
 def test_what_a_person_types_at_a_terminal_is_the_agreement_and_is_written_down(strict: Project) -> None:
     done = at_terminal(strict, "research", "train.ipynb", "--timeout", "3h", "--json")
     assert done.code == 0, done.err
@@ -302,6 +321,8 @@ def test_in_a_slurm_job_the_run_ends_before_the_job_does(strict: Project) -> Non
     assert cut.code == 75, cut.err
     assert (cut.json["cause"], cut.json["budget"]["agreed"]) == ("deadline", "allocation")
     assert time.time() < end - 30
+    (entry,) = log(strict)
+    assert (entry["kind"], entry["job"], entry["ends"]) == ("allocation", "77", end)
     too_late = strict.grd(
         "research",
         "waits.ipynb",

@@ -468,6 +468,10 @@ def test_a_long_timeout_that_nobody_agreed_to_is_refused() -> None:
 def test_the_users_own_settings_file_may_agree_for_headless_commands() -> None:
     found = decide(replace(LONG, allowed=True))
     assert (found.action, found.agreed, found.attempt) == ("start", "allowed", 10800.0)
+    again = decide(replace(LONG, allowed=True, agreed_before="allowed", typed_now=False, used=4000.0))
+    assert (again.agreed, again.total) == ("allowed", 10800.0), "together what was typed, never twice of it"
+    anew = decide(replace(LONG, allowed=True, agreed_before="allowed", used=4000.0))
+    assert (anew.agreed, anew.attempt, anew.total) == ("allowed", 10800.0, None)
 
 
 def test_a_grant_covers_up_to_its_cap() -> None:
