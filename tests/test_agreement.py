@@ -10,12 +10,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import LIMIT_SECONDS, Finished, Project, cannot_be_had, wait_until
 from test_research import PARAMETERS, TRAIN
+
+from grd.agreement import log as log_module
+from grd.agreement.clock import now
+from grd.agreement.log import AgreementLog
 
 pytestmark = pytest.mark.faults
 
@@ -121,6 +126,25 @@ def test_only_a_person_grants_unless_the_users_own_file_allows_it(strict: Projec
     assert allowed.json["grant"]["by"]["how"] == "config"
 
 
+def test_what_the_users_own_file_agrees_to_is_written_down_and_given_once(strict: Project) -> None:
+    user = Path(strict.environment["XDG_CONFIG_HOME"], "grd", "config.toml")
+    user.write_text("[approval]\nallow_noninteractive = true\n")
+    (strict.path / "grd.toml").write_text('long_running_threshold = "2s"\n')
+    first = strict.grd("research", "waits.ipynb", "--timeout", "8s", "--grace", "20s", "--json")
+    assert (first.code, first.json["cause"]) == (75, "deadline"), first.err
+    (entry,) = log(strict)
+    assert (entry["kind"], entry["timeout"], entry["by"]["how"]) == ("allowed", 8, "config")
+    assert (entry["run"], entry["attempt"]) == (first.json["run_id"], 1)
+    refused = strict.grd("resume", "last")
+    assert refused.code == 77, "the 8 s are for all attempts together"
+    assert "8s for all attempts" in refused.err
+    assert len(log(strict)) == 1
+    more = strict.grd("resume", "last", "--timeout", "9s", "--json")
+    assert (more.code, more.json["cause"]) == (75, "deadline"), more.err
+    assert [(entry["attempt"], entry["timeout"]) for entry in log(strict)] == [(1, 8), (2, 9)]
+    assert "allowed run" in strict.grd("approvals", "--log").out
+
+
 def test_what_a_person_types_at_a_terminal_is_the_agreement_and_is_written_down(strict: Project) -> None:
     done = at_terminal(strict, "research", "train.ipynb", "--timeout", "3h", "--json")
     assert done.code == 0, done.err
@@ -145,6 +169,24 @@ def test_a_run_is_cut_at_its_grants_cap_and_says_what_to_type(strict: Project) -
     assert cut.json["cause"] == "approval_required"
     assert cut.json["checkpoint"] is not None
     assert 25 <= cut.json["budget"]["used_seconds"] < 60
+
+
+def test_a_run_ends_with_its_grant_and_says_so(strict: Project) -> None:
+    given = grant(strict, "--until", "20s", "--total", "1h")
+    began = time.time()
+    cut = strict.grd("research", "waits.ipynb", "--grace", "20s", "--json")
+    assert cut.code == 75, cut.err
+    assert cut.json["cause"] == "approval_required"
+    assert cut.json["detail"] == f"grant {given['id']} has ended; a person types: grd approve"
+    cap = cut.json["attempts"][0]["cap"]
+    assert cap["seconds"] <= 20
+    assert cap["until_end"] is True
+    assert cut.json["checkpoint"] is not None
+    assert time.time() - began < 60
+    assert strict.grd("approvals", "--json").json["grants"][0]["state"] == "expired"
+    assert [entry["kind"] for entry in log(strict)] == ["granted", "reserved", "used", "expired"]
+    assert "expired" in strict.grd("approvals", "--log").out
+    assert strict.grd("resume", "last", "--timeout", "1h").code == 77
 
 
 def test_the_total_of_a_grant_holds_for_runs_at_once(strict: Project) -> None:
@@ -195,6 +237,63 @@ def test_a_killed_runner_has_used_its_time_all_the_same(strict: Project) -> None
     assert [entry["kind"] for entry in log(strict)] == ["granted", "reserved", "used"]
 
 
+def test_a_grant_of_which_a_run_has_all_can_be_taken_back_with_all_others(strict: Project) -> None:
+    given = grant(strict, "--total", "1h")
+    assert strict.grd("research", "waits.ipynb", "--detach").code == 0
+    strict.wait_for_event("progress", name="epochs")
+    row = strict.grd("approvals", "--json").json["grants"][0]
+    assert (row["state"], row["revocable"]) == ("used up", True)
+    assert f"grd revoke {given['id']}" in strict.grd("approvals").out
+    revoked = strict.grd("revoke", "--all")
+    assert revoked.code == 0, revoked.err
+    assert given["id"] in revoked.out
+    assert strict.grd("wait", "last").code == 75
+    assert strict.record()["cause"] == "revoked"
+    assert "no run uses one" in strict.grd("revoke", "--all").out
+    assert strict.grd("approvals", "--json").json["grants"][0]["revocable"] is False
+
+
+def test_a_run_ends_when_a_new_log_has_nothing_of_its_grant(strict: Project) -> None:
+    given = grant(strict, "--total", "2h", "--max", "1h")
+    assert strict.grd("research", "waits.ipynb", "--detach").code == 0
+    strict.wait_for_event("progress", name="epochs")
+    path = Path(strict.environment["GRD_STATE_DIR"], "approvals.jsonl")
+    path.write_text(path.read_text().replace("7200.0", "72000.0"))
+    for arguments in ([given["id"]], ["--all"]):
+        refused = strict.grd("revoke", *arguments)
+        assert refused.code == 69, refused.err
+        assert "grd stop RUN" in refused.err
+    assert strict.record()["state"] == "running", "a log that cannot be read says nothing"
+    anew = at_terminal(strict, "approve", "--total", "2h", "--max", "1h")
+    assert "runs that use one save and stop" in anew.err
+    assert strict.grd("wait", "last").code == 75
+    assert (strict.record()["state"], strict.record()["cause"]) == ("interrupted", "revoked")
+
+
+def test_a_look_while_the_guardian_lets_the_kernel_save_settles_nothing(strict: Project) -> None:
+    grant(strict, "--total", "1h", "--max", "30m")
+    strict.notebook(
+        "clings.ipynb",
+        "import pathlib, time\npathlib.Path('begun').touch()\n"
+        "while True:\n    try:\n        time.sleep(60)\n"
+        "    except BaseException:\n        pathlib.Path('saving').touch()\n",
+        parameters=PARAMETERS,
+    )
+    assert strict.grd("research", "clings.ipynb", "--grace", "8s", "--detach").code == 0
+    wait_until((strict.path / "begun").exists, "its cell")
+    began = time.monotonic()
+    os.kill(strict.record()["runner"]["pid"], signal.SIGKILL)
+    wait_until((strict.path / "saving").exists, "the guardian's request")
+    row = strict.grd("approvals", "--json").json["grants"][0]
+    assert row["used_seconds"] == 1800, "all that is reserved, while the kernel still runs"
+    wait_until(lambda: not strict.processes(), "the kernel's end")
+    row = strict.grd("approvals", "--json").json["grants"][0]
+    used = strict.grd("status", "last", "--json").json["budget"]["used_seconds"]
+    assert 0 < used == pytest.approx(row["used_seconds"])
+    assert row["used_seconds"] <= time.monotonic() - began + 60
+    assert [entry["kind"] for entry in log(strict)] == ["granted", "reserved", "used"]
+
+
 def test_an_edited_log_gives_nobody_anything_and_a_person_begins_a_new_one(strict: Project) -> None:
     grant(strict, "--total", "1h")
     path = Path(strict.environment["GRD_STATE_DIR"], "approvals.jsonl")
@@ -222,6 +321,8 @@ def test_in_a_slurm_job_the_run_ends_before_the_job_does(strict: Project) -> Non
     assert cut.code == 75, cut.err
     assert (cut.json["cause"], cut.json["budget"]["agreed"]) == ("deadline", "allocation")
     assert time.time() < end - 30
+    (entry,) = log(strict)
+    assert (entry["kind"], entry["job"], entry["ends"]) == ("allocation", "77", end)
     too_late = strict.grd(
         "research",
         "waits.ipynb",
@@ -284,6 +385,40 @@ def test_revoke_and_approvals_name_what_is_not_there(strict: Project) -> None:
     assert f"grd revoke {given['id']}" in shown
     assert "granted" in strict.grd("approvals", "--log").out
     assert strict.grd("revoke", "--all", "--json").json["grants"][0]["state"] == "revoked"
+
+
+def test_a_mistyped_grant_leaves_a_damaged_log_where_it_lies(strict: Project) -> None:
+    grant(strict, "--total", "1h")
+    path = Path(strict.environment["GRD_STATE_DIR"], "approvals.jsonl")
+    path.write_text(path.read_text().replace("3600.0", "36000.0"))
+    for options in (("--max", "2x"), ("--until", "yesterday"), ("--until", "40d"), ("--total", "0")):
+        refused = at_terminal(strict, "approve", *options)
+        assert refused.code == 2, refused.err
+    assert sorted(path.parent.glob("approvals.damaged-*.jsonl")) == []
+    assert len(log(strict)) == 1
+
+
+def test_a_state_folder_that_cannot_be_one_is_one_line(strict: Project) -> None:
+    path = strict.path / "state-file"
+    path.write_text("not a folder")
+    strict.environment["GRD_STATE_DIR"] = str(path)
+    refused = at_terminal(strict, "approve", "--total", "1h")
+    assert refused.code == 69, refused.err
+    assert "Traceback" not in refused.err
+    assert "make its folder writable" in refused.err
+
+
+def test_a_grant_given_after_the_clock_was_once_ahead_lasts_as_typed(
+    strict: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead = replace(now(), wall=time.time() + 3 * 86400, boot_id="an earlier one")
+    monkeypatch.setattr(log_module, "now", lambda: ahead)
+    AgreementLog(Path(strict.environment["GRD_STATE_DIR"])).append("declined", by={})
+    done = at_terminal(strict, "approve", "--total", "1h", "--until", "2h", "--json")
+    assert done.json["grant"]["state"] == "valid"
+    assert "clock was ahead once" in done.err
+    assert "3d" in done.err or "72h" in done.err
+    assert strict.grd("research", "train.ipynb", "--timeout", "30m").code == 0
 
 
 @pytest.fixture

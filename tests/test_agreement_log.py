@@ -13,12 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grd.agreement import decision
+from grd.agreement import book as book_module
+from grd.agreement import chain, decision
+from grd.agreement import log as log_module
 from grd.agreement.book import Book
+from grd.agreement.chain import check
 from grd.agreement.clock import Moment, now, true_time
 from grd.agreement.decision import Facts, decide
 from grd.agreement.grants import Place, Scope, replay
-from grd.agreement.log import AgreementLog, check
+from grd.agreement.log import AgreementLog
 from grd.errors import ConfigurationError, ResourceUnavailable, UsageError
 from grd.runs.folder import RunFolder
 
@@ -136,12 +139,128 @@ def test_a_new_log_says_what_became_of_the_old_one(tmp_path: Path) -> None:
     mine.log.path.write_text("rubbish\n")
     problem = mine.log.read().problem
     assert problem is not None
-    aside = mine.log.restart(problem)
+    aside = mine.log.restart()
+    assert aside is not None
     assert aside.read_text() == "rubbish\n"
     (first,) = mine.log.read().entries
     assert (first["kind"], first["reason"]) == ("restarted", problem)
     give(mine)
     assert mine.log.read().problem is None
+
+
+def test_a_log_that_is_whole_is_never_put_aside(tmp_path: Path) -> None:
+    mine = book(tmp_path)
+    granted = give(mine)
+    assert mine.log.restart() is None
+    assert list(mine.ledger()[0].grants) == [granted.id]
+
+
+def test_an_entry_that_is_added_while_somebody_reads_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = book(tmp_path)
+    give(mine)
+    writer = book(tmp_path)
+    read_bytes = Path.read_bytes
+
+    def read_and_then_add(path: Path) -> bytes:
+        data = read_bytes(path)
+        monkeypatch.setattr(Path, "read_bytes", read_bytes)
+        writer.log.append("declined", by=BY)
+        return data
+
+    monkeypatch.setattr(Path, "read_bytes", read_and_then_add)
+    assert mine.log.read().problem is None
+    assert len(mine.log.read().entries) == 2
+
+
+def test_a_log_that_is_put_aside_while_somebody_reads_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = book(tmp_path)
+    for _ in range(3):
+        give(mine)
+    mine.log.path.write_text("rubbish\n")
+    stat_of, other = Path.stat, book(tmp_path)
+
+    def begin_anew_and_look(path: Path, **options: Any) -> os.stat_result:
+        monkeypatch.setattr(Path, "stat", stat_of)
+        assert other.log.restart() is not None
+        return stat_of(path, **options)
+
+    monkeypatch.setattr(Path, "stat", begin_anew_and_look)
+    read = mine.log.read()
+    assert read.problem is None
+    assert [entry["kind"] for entry in read.entries] == ["restarted"]
+
+
+def test_looking_again_checks_only_what_was_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = book(tmp_path)
+    for _ in range(5):
+        mine.log.append("declined", by=BY)
+    mine.log.read()
+    parsed: list[bytes] = []
+    loads = json.loads
+
+    def note(line: bytes, **options: Any) -> Any:
+        parsed.append(line)
+        return loads(line, **options)
+
+    mine.log.append("declined", by=BY)
+    monkeypatch.setattr(chain.json, "loads", note)
+    assert len(mine.log.read().entries) == 6
+    entries = [line for line in parsed if b'"kind"' in bytes(line if isinstance(line, bytes) else b"")]
+    assert len(entries) == 1
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_an_entry_is_noticed_that_is_edited_after_it_was_checked(tmp_path: Path, number: int) -> None:
+    mine = book(tmp_path)
+    for _ in range(3):
+        give(mine)
+    assert mine.log.read().problem is None
+    lines = mine.log.path.read_text().splitlines(keepends=True)
+    lines[number] = lines[number].replace('"total": 250.0', '"total": 950.0')
+    mine.log.path.write_text("".join(lines))
+    assert f"edited at entry {number + 1}" in str(mine.log.read().problem)
+    lines[number] = lines[number].replace('"total": 950.0', '"total": 250.0')
+    mine.log.path.write_text("".join(lines))
+    assert mine.log.read().problem is None
+
+
+DEEP = "[" * 200_000
+
+
+@pytest.mark.parametrize("head", ['{"n":-7}', '{"n":Infinity}', '{"n":true}', "[]", "3", '{"n":1}', DEEP])
+def test_a_count_that_is_none_is_a_problem_told(tmp_path: Path, head: str) -> None:
+    mine = book(tmp_path)
+    give(mine)
+    (tmp_path / "state" / "approvals.head.json").write_text(head)
+    assert "cannot be read" in str(mine.log.read().problem)
+    assert mine.find(HERE) is None
+
+
+def hashed(**values: Any) -> str:
+    entry = {"n": 1, "kind": "used", **now().to_dict(), "prev": chain.FIRST, **values}
+    return json.dumps({**entry, "hash": chain.hash_of(entry)})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        DEEP, '{"n":1,"prev":' + DEEP, hashed(t=10**400), hashed(t=float("inf")),
+        hashed(since_boot=float("nan")),
+        hashed(run="a", attempt=float("inf"), seconds=1), hashed(run="a", attempt=1, seconds=10**400),
+        hashed(kind="granted", scope={"kind": []}), hashed(kind="granted", per_run=10**400, total=1, ends=1),
+    ],
+)  # fmt: skip
+def test_a_line_with_odd_values_raises_nothing(tmp_path: Path, line: str) -> None:
+    mine = book(tmp_path)
+    mine.log.path.parent.mkdir()
+    mine.log.path.write_text(line + "\n")
+    mine.ledger()
+    mine.settle()
+    assert mine.find(HERE) is None
 
 
 def append_some(folder: str, count: int) -> None:
@@ -225,6 +344,42 @@ def test_what_is_reserved_cannot_be_reserved_again_and_use_replaces_it(tmp_path:
     assert mine.ledger()[0].left(grant, now()) == pytest.approx(70.0)
 
 
+def test_nothing_is_reserved_beyond_a_grants_end(tmp_path: Path) -> None:
+    mine = book(tmp_path)
+    soon = give(mine, ends=now().wall + 30)
+    taken = mine.reserve(soon, run(tmp_path, "a"), 1, 100.0)
+    assert taken is not None
+    assert 0 < taken.seconds <= 30
+    assert taken.until_end
+    late = give(mine)
+    taken = mine.reserve(late, run(tmp_path, "b"), 1, 90.0)
+    assert taken is not None
+    assert (taken.seconds, taken.until_end) == (90.0, False)
+    found = mine.find(HERE)
+    assert found is not None
+    assert found[0].id == late.id, "not the one that would cut the run off"
+    found = mine.find(HERE, wanted=5.0)
+    assert found is not None
+    assert found[0].id == soon.id, "soonest to end first, where it gives enough"
+
+
+def test_the_end_of_a_grant_is_written_down_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = book(tmp_path)
+    ended, revoked, valid = give(mine, ends=now().wall + 30), give(mine, ends=now().wall + 30), give(mine)
+    mine.revoke(revoked.id, BY)
+    real = now()
+    later = replace(real, wall=real.wall + 31, since_boot=real.since_boot + 31)
+    monkeypatch.setattr(book_module, "now", lambda: later)
+    for _ in range(3):
+        mine.settle()
+    noted = [entry["grant"] for entry in mine.log.read().entries if entry["kind"] == "expired"]
+    assert noted == [ended.id]
+    monkeypatch.undo()
+    states = {grant.id: mine.ledger()[0].state_of(grant, now()) for grant in (ended, revoked, valid)}
+    assert states[ended.id] == "expired"
+    assert states[valid.id] == "valid"
+
+
 def test_a_revoked_grant_covers_nothing_and_a_second_time_is_an_error(tmp_path: Path) -> None:
     mine = book(tmp_path)
     grant = give(mine)
@@ -247,6 +402,24 @@ def test_a_clock_that_was_set_back_prolongs_no_grant(tmp_path: Path) -> None:
     other_boot = Moment(here.wall - 86400, "another", 5.0)
     assert ledger.time_at(other_boot, grant) >= here.wall
     assert ledger.state_of(grant, Moment(here.wall + 59, here.boot_id, here.since_boot + 59)) == "valid"
+
+
+def test_a_clock_that_was_once_ahead_is_counted_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = book(tmp_path)
+    real = now()
+    monkeypatch.setattr(log_module, "now", lambda: replace(real, wall=real.wall + 1e6, boot_id="before"))
+    mine.log.append("declined", by=BY)
+    monkeypatch.undo()
+    grant = give(mine, ends=mine.time() + 60)
+    ledger, _ = mine.ledger()
+    assert ledger.state_of(grant, now()) == "valid"
+    here = now()
+    later = replace(here, since_boot=here.since_boot + 61)
+    assert ledger.state_of(grant, later) == "expired", (
+        "it ends as soon as it was to, not when the clock is there"
+    )
 
 
 @given(wall=st.floats(0, 2e9), past=st.floats(0, 2e9), passed=st.floats(0, 1e6), same_boot=st.booleans())
@@ -295,6 +468,10 @@ def test_a_long_timeout_that_nobody_agreed_to_is_refused() -> None:
 def test_the_users_own_settings_file_may_agree_for_headless_commands() -> None:
     found = decide(replace(LONG, allowed=True))
     assert (found.action, found.agreed, found.attempt) == ("start", "allowed", 10800.0)
+    again = decide(replace(LONG, allowed=True, agreed_before="allowed", typed_now=False, used=4000.0))
+    assert (again.agreed, again.total) == ("allowed", 10800.0), "together what was typed, never twice of it"
+    anew = decide(replace(LONG, allowed=True, agreed_before="allowed", used=4000.0))
+    assert (anew.agreed, anew.attempt, anew.total) == ("allowed", 10800.0, None)
 
 
 def test_a_grant_covers_up_to_its_cap() -> None:

@@ -16,7 +16,7 @@ from grd.agreement.clock import Moment, now
 from grd.agreement.grants import Grant, Ledger, Place, Scope, replay
 from grd.agreement.log import AgreementLog
 from grd.errors import ConfigurationError, GrdError, NotFoundError, ResourceUnavailable, UsageError
-from grd.runs import recovery
+from grd.runs import recovery, store
 from grd.runs.folder import RunFolder
 from grd.settings import state_dir, user_config_file
 
@@ -25,10 +25,12 @@ LONGEST_GRANT_SECONDS = 30 * 86400.0
 
 @dataclass(frozen=True)
 class Reservation:
-    """What an attempt may take of a grant: seconds, and whether that could be written down."""
+    """What an attempt may take of a grant: seconds, whether the grant's end is what bounds them, and whether
+    that could be written down."""
 
     grant: str
     seconds: float
+    until_end: bool
     counted: bool
 
 
@@ -43,6 +45,13 @@ class Book:
         found = self.log.read()
         return replay(() if found.problem else found.entries), found.problem
 
+    def time(self) -> float:
+        """The time as the log counts it (POSIX seconds), which ends of grants are counted from.
+
+        It is ahead of this machine's clock where that was ahead once: what was written then has passed.
+        """
+        return self.ledger()[0].time_at(now())
+
     def grant(
         self,
         scope: Scope,
@@ -54,14 +63,9 @@ class Book:
         reason: str | None = None,
         estimate: dict[str, Any] | None = None,
     ) -> Grant:
-        """Write a grant down. Raises UsageError for caps or an end that make no sense, and
-        ResourceUnavailable where it cannot be written."""
-        moment = now()
-        for name, value in (("per run", per_run), ("in all", total), ("until", ends - moment.wall)):
-            if not math.isfinite(value) or value <= 0:
-                raise UsageError(f"a grant needs a time above zero {name}, not {value:g} s")
-        if ends - moment.wall > LONGEST_GRANT_SECONDS + 1:
-            raise UsageError("a grant ends after 30 days at the latest")
+        """Write a grant down; ``ends`` is by `time`. Raises UsageError for caps or an end that make no sense,
+        and ResourceUnavailable where it cannot be written."""
+        check_terms(per_run=per_run, total=total, lasts=ends - self.time())
         if per_run > total:
             per_run = total
         name = secrets.token_hex(3)
@@ -79,10 +83,9 @@ class Book:
         return self.ledger()[0].grants[name]
 
     def revoke(self, name: str, by: dict[str, Any]) -> Grant:
-        """Take a grant back, also while runs use it. Raises NotFoundError or UsageError for no such grant."""
-        ledger, problem = self.ledger()
-        if problem:
-            raise ResourceUnavailable(f"{problem}; no grant counts; see: grd approvals --verify")
+        """Take a grant back, also while runs use it. Raises NotFoundError or UsageError for no such grant,
+        and ResourceUnavailable where the log is damaged."""
+        ledger = self._whole_ledger()
         found = [grant for grant in ledger.grants.values() if grant.id.startswith(name)] if name else []
         if len(found) != 1:
             raise NotFoundError(f"no grant {name!r}; see: grd approvals")
@@ -91,33 +94,55 @@ class Book:
         self.log.append(grants.REVOKED, grant=found[0].id, by=by)
         return self.ledger()[0].grants[found[0].id]
 
+    def revoke_all(self, by: dict[str, Any]) -> list[Grant]:
+        """Take back all grants that are valid, or that a run still uses. Raises ResourceUnavailable."""
+        self.settle()
+        ledger, moment = self._whole_ledger(), now()
+        names = [grant.id for grant in ledger.grants.values() if ledger.can_be_revoked(grant, moment)]
+        return [self.revoke(name, by) for name in names]
+
+    def _whole_ledger(self) -> Ledger:
+        ledger, problem = self.ledger()
+        if problem is not None:
+            raise ResourceUnavailable(
+                f"{problem}; no grant counts, and none can be taken back; a run is ended by: grd stop RUN, "
+                "and all that use a grant of this log by a new one, which a person begins: grd approve"
+            )
+        return ledger
+
     def find(
         self, place: Place, used_by_run: float = 0.0, wanted: float | None = None
     ) -> tuple[Grant, Ledger, Moment] | None:
-        """The grant for a run at ``place``: the narrowest of those that give it ``wanted`` seconds."""
+        """The grant for a run at ``place``: the narrowest of those that give it ``wanted`` seconds.
+
+        Without ``wanted`` it is the one of the narrowest scope that gives most, for one that is about to end
+        would cut the run off.
+        """
         self.settle()
         ledger, _ = self.ledger()
         moment = now()
-        fitting = ledger.covering(place, moment)
-        best = [grant for grant in fitting if grant.per_run > used_by_run]
-        best.sort(
-            key=lambda grant: wanted is not None and grant.per_run < wanted
-        )  # keeps the order otherwise
-        return (best[0], ledger, moment) if best else None
+
+        def gives(grant: Grant) -> float:
+            return min(grant.per_run, used_by_run + ledger.available(grant, moment))
+
+        fitting = [grant for grant in ledger.covering(place, moment) if grant.per_run > used_by_run]
+        if wanted is not None:
+            fitting.sort(key=lambda grant: gives(grant) < wanted)  # keeps the order otherwise
+        else:
+            fitting.sort(key=lambda grant: (grants.SCOPES.index(grant.scope.kind), -gives(grant)))
+        return (fitting[0], ledger, moment) if fitting else None
 
     def reserve(self, grant: Grant, run: RunFolder, attempt: int, seconds: float) -> Reservation | None:
-        """Reserve up to ``seconds`` of a grant for an attempt; None if nothing is left.
+        """Reserve up to ``seconds`` of a grant for an attempt, none beyond its end; None if nothing is left.
 
         Nobody else can reserve the same time. Where the log is on a read-only file system the grant is used,
         but that is not counted.
         """
-        granted = 0.0
+        granted, until_end = 0.0, False
 
         def look(entries: tuple[dict[str, Any], ...]) -> tuple[str, dict[str, Any]] | None:
-            nonlocal granted
-            ledger = replay(entries)
-            same = ledger.grants.get(grant.id)
-            granted = 0.0 if same is None else min(seconds, ledger.left(same, now()))
+            nonlocal granted, until_end
+            granted, until_end = _take(replay(entries), grant.id, seconds)
             if granted <= 0:
                 return None
             return grants.RESERVED, {
@@ -132,10 +157,9 @@ class Book:
             made = self.log.append_after(look)
         except OSError:
             ledger, problem = self.ledger()
-            same = ledger.grants.get(grant.id)
-            left = 0.0 if same is None or problem else min(seconds, ledger.left(same, now()))
-            return Reservation(grant.id, left, counted=False) if left > 0 else None
-        return None if made is None else Reservation(grant.id, granted, counted=True)
+            granted, until_end = (0.0, False) if problem else _take(ledger, grant.id, seconds)
+            return Reservation(grant.id, granted, until_end, counted=False) if granted > 0 else None
+        return None if made is None else Reservation(grant.id, granted, until_end, counted=True)
 
     def note_use(self, grant_id: str, run_id: str, attempt: int, seconds: float) -> None:
         """What an attempt has really taken, in place of what was reserved. Never raises."""
@@ -145,13 +169,22 @@ class Book:
             )
 
     def is_revoked(self, grant_id: str) -> bool:
-        """Whether somebody took the grant back; a log that cannot be read says nothing."""
-        ledger, problem = self.ledger()
-        grant = ledger.grants.get(grant_id)
-        return problem is None and grant is not None and grant.revoked_at is not None
+        """Whether somebody took the grant back, or began a new log, in which nobody can show it.
+
+        A log that cannot be read, and one that has no entries, say nothing.
+        """
+        found = self.log.read()
+        if found.problem is not None or not found.entries:
+            return False
+        grant = replay(found.entries).grants.get(grant_id)
+        return grant is None or grant.revoked_at is not None
 
     def settle(self) -> None:
-        """Count what attempts have used whose runners could not tell it themselves. Never raises."""
+        """Count what attempts have used whose runners could not tell it themselves, and write down once of
+        each grant that it has ended. Never raises.
+
+        What is reserved stays so until the end of its attempt is stored: only then it is known.
+        """
         found = self.log.read()
         if found.problem:
             return
@@ -163,10 +196,43 @@ class Book:
         }
         for (run_id, number), grant_id in ledger.open.items():
             with contextlib.suppress(GrdError, OSError, IndexError):
-                record = recovery.current_record(RunFolder(Path(folders[(run_id, number)])))
+                folder = RunFolder(Path(folders[(run_id, number)]))
+                recovery.current_record(folder)
+                record = store.load(folder)  # not what is only told: its kernel may still be at work
                 attempt = record.attempts[number - 1]
                 if number < record.attempt or record.state in contract.ENDED_STATES:
                     self.note_use(grant_id, run_id, number, attempt.seconds)
+        with contextlib.suppress(GrdError, OSError):
+            if _unnoted_end(found.entries) is not None:
+                while self.log.append_after(_unnoted_end) is not None:
+                    pass
+
+
+def _take(ledger: Ledger, grant_id: str, seconds: float) -> tuple[float, bool]:
+    """Of ``seconds`` those that the grant gives now, and whether its end is what bounds them."""
+    grant, moment = ledger.grants.get(grant_id), now()
+    if grant is None:
+        return 0.0, False
+    available = ledger.available(grant, moment)
+    return min(seconds, available), available < min(seconds, ledger.left(grant, moment))
+
+
+def _unnoted_end(entries: tuple[dict[str, Any], ...]) -> tuple[str, dict[str, Any]] | None:
+    """The entry for a grant that has ended, where there is one of which the log does not say so yet."""
+    ledger, moment = replay(entries), now()
+    for grant in ledger.grants.values():
+        if grant.id not in ledger.expired and ledger.state_of(grant, moment) == "expired":
+            return grants.EXPIRED, {"grant": grant.id, "ends": grant.ends}
+    return None
+
+
+def check_terms(*, per_run: float, total: float, lasts: float) -> None:
+    """Raise UsageError for a grant's caps, or a time to its end, that make no sense. All are seconds."""
+    for name, value in (("per run", per_run), ("in all", total), ("until", lasts)):
+        if not math.isfinite(value) or value <= 0:
+            raise UsageError(f"a grant needs a time above zero {name}, not {value:g} s")
+    if lasts > LONGEST_GRANT_SECONDS + 1:
+        raise UsageError("a grant ends after 30 days at the latest")
 
 
 def is_allowed_headless(file: Path | None = None) -> bool:

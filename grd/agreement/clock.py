@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from grd.runs.processes import boot_id
@@ -25,13 +26,24 @@ class Moment:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Moment:
         """The moment that an entry of the log has. Raises KeyError, TypeError or ValueError."""
-        return cls(float(value["t"]), value.get("boot_id"), float(value["since_boot"]))
+        try:
+            wall, since_boot = float(value["t"]), float(value["since_boot"])
+        except OverflowError as error:  # an integer with hundreds of digits
+            raise ValueError(str(error)) from None
+        if not (math.isfinite(wall) and math.isfinite(since_boot)):
+            raise ValueError("a moment must be finite")
+        return cls(wall, value.get("boot_id"), since_boot)
 
 
 def now() -> Moment:
     """This moment; CLOCK_BOOTTIME goes on while the machine sleeps."""
     clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
     return Moment(time.time(), boot_id(), time.clock_gettime(clock))
+
+
+def after(past: Moment | None, moment: Moment) -> Moment:
+    """``moment`` with the time as agreements count it, where ``past`` is the latest that they know of."""
+    return moment if past is None else replace(moment, wall=true_time(moment, [past]))
 
 
 def true_time(moment: Moment, known: Iterable[Moment]) -> float:

@@ -8,7 +8,9 @@ from typing import Any
 from grd.settings import format_duration
 
 DEFAULT, TYPED, GRANT, ALLOCATION, ALLOWED = "default", "typed", "grant", "allocation", "allowed"
-"""Who agreed: nobody yet, a person who typed it, a grant, a scheduler's job, the user's own settings file."""
+"""Who agreed: nobody yet, a person who typed it, a grant, a scheduler's job, the user's own settings file.
+
+The last two are the kinds of the log's entries for attempts that start so, too."""
 
 START, ASK, REFUSE = "start", "ask", "refuse"
 
@@ -39,7 +41,7 @@ class Facts:
     granted: float | None = None
     """What a grant that covers the run gives it, all its attempts together; None without one."""
     granted_left: float | None = None
-    """What is left of that grant's total."""
+    """What is left of that grant's total, up to its end."""
     allocation: float | None = None
     """Seconds to the end of the scheduler's job it runs in; None outside of one or where nobody knows."""
     in_job: bool = False
@@ -68,7 +70,7 @@ def decide(facts: Facts) -> Decision:
     if facts.person and facts.typed_now:
         return Decision(action=START, agreed=TYPED, total=facts.budget, attempt=facts.timeout)
     if facts.agreed_before == TYPED and not facts.typed_now:
-        return _goes_on_as_typed(facts)
+        return _goes_on(facts, TYPED)
     if facts.granted is not None and facts.granted_left is not None:
         fits = wanted is None or wanted <= facts.granted
         if fits and facts.granted - facts.used > 0 and facts.granted_left > 0:
@@ -76,6 +78,8 @@ def decide(facts: Facts) -> Decision:
             attempt = facts.granted_left if facts.timeout is None else min(facts.timeout, facts.granted_left)
             return Decision(action=START, agreed=GRANT, total=total, attempt=attempt)
     if facts.allowed and wanted is not None:
+        if facts.agreed_before == ALLOWED and not facts.typed_now:
+            return _goes_on(facts, ALLOWED)
         return Decision(action=START, agreed=ALLOWED, total=facts.budget, attempt=facts.timeout)
     if is_long and not facts.person:
         return Decision(action=REFUSE, why=_refusal(facts, wanted))
@@ -105,12 +109,12 @@ def _of_job(facts: Facts) -> Decision:
     return Decision(action=START, agreed=ALLOCATION, total=facts.budget, attempt=attempt)
 
 
-def _goes_on_as_typed(facts: Facts) -> Decision:
+def _goes_on(facts: Facts, agreed: str) -> Decision:
     """A person may go on as before; where nobody is there, all attempts get together what was typed."""
     total = facts.budget
     if total is None and not facts.person:
         total = max(facts.timeout or 0.0, facts.threshold)
-    return Decision(action=START, agreed=TYPED, total=total, attempt=facts.timeout)
+    return Decision(action=START, agreed=agreed, total=total, attempt=facts.timeout)
 
 
 def _refusal(facts: Facts, wanted: float | None) -> str:

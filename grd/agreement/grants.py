@@ -10,10 +10,9 @@ from typing import Any
 
 from grd.agreement.clock import Moment, true_time
 
-GRANTED, DECLINED, TYPED, RESERVED, USED, REVOKED = (
-    "granted", "declined", "typed", "reserved", "used", "revoked"
+GRANTED, DECLINED, TYPED, RESERVED, USED, REVOKED, EXPIRED = (
+    "granted", "declined", "typed", "reserved", "used", "revoked", "expired"
 )  # fmt: skip
-RESTARTED = "restarted"
 
 RUN, BATCH, NOTEBOOK, PROJECT, EVERYWHERE = "run", "batch", "notebook", "project", "everywhere"
 SCOPES = (RUN, BATCH, NOTEBOOK, PROJECT, EVERYWHERE)
@@ -98,6 +97,8 @@ class Ledger:
     used: dict[str, dict[tuple[str, int], float]] = field(default_factory=dict)
     open: dict[tuple[str, int], str] = field(default_factory=dict)
     """Reservations that no use has settled yet, with their grant."""
+    expired: set[str] = field(default_factory=set)
+    """Grants of which the log says that they have ended."""
     last: Moment | None = None
     """The time of the newest entry."""
 
@@ -105,23 +106,38 @@ class Ledger:
         """Seconds of a grant that were used or are reserved."""
         return sum(self.used.get(grant_id, {}).values())
 
-    def time_at(self, moment: Moment, grant: Grant) -> float:
-        """The wall clock at ``moment``, as far as it can be believed."""
-        return true_time(moment, [past for past in (grant.made, self.last) if past is not None])
+    def time_at(self, moment: Moment, grant: Grant | None = None) -> float:
+        """The wall clock at ``moment``, as far as it can be believed: ends of grants are counted by it."""
+        made = None if grant is None else grant.made
+        return true_time(moment, [past for past in (made, self.last) if past is not None])
 
     def state_of(self, grant: Grant, moment: Moment) -> str:
         """valid, revoked, expired, or used up."""
         if grant.revoked_at is not None:
             return "revoked"
-        if self.time_at(moment, grant) >= grant.ends:
+        if self.seconds_to_end(grant, moment) <= 0:
             return "expired"
         return "valid" if self.left(grant, moment) > 0 else "used up"
 
+    def can_be_revoked(self, grant: Grant, moment: Moment) -> bool:
+        """Whether taking it back changes anything: it is valid, or an attempt that has not ended uses it."""
+        if grant.revoked_at is not None:
+            return False
+        return self.state_of(grant, moment) == "valid" or grant.id in self.open.values()
+
     def left(self, grant: Grant, moment: Moment) -> float:
         """Seconds that are left of a grant's total, 0 if it is no longer valid."""
-        if grant.revoked_at is not None or self.time_at(moment, grant) >= grant.ends:
+        if grant.revoked_at is not None or self.seconds_to_end(grant, moment) <= 0:
             return 0.0
         return max(0.0, grant.total - self.spent(grant.id))
+
+    def seconds_to_end(self, grant: Grant, moment: Moment) -> float:
+        """Seconds from ``moment`` to a grant's end, 0 for one that has ended."""
+        return 0.0 if grant.id in self.expired else max(0.0, grant.ends - self.time_at(moment, grant))
+
+    def available(self, grant: Grant, moment: Moment) -> float:
+        """Seconds that an attempt which starts at ``moment`` may take: of what is left, up to the end."""
+        return min(self.left(grant, moment), self.seconds_to_end(grant, moment))
 
     def used_by_run(self, grant_id: str, run_id: str) -> float:
         """Seconds of a grant that one run has used or reserved."""
@@ -142,7 +158,7 @@ def replay(entries: Iterable[Mapping[str, Any]]) -> Ledger:
     ledger = Ledger()
     for entry in entries:
         moment = Moment.from_dict(entry)
-        if ledger.last is None or moment.wall > ledger.last.wall:
+        if ledger.last is None or moment.wall >= ledger.last.wall:
             ledger.last = moment
         kind, grant_id = entry.get("kind"), str(entry.get("grant"))
         try:
@@ -151,6 +167,8 @@ def replay(entries: Iterable[Mapping[str, Any]]) -> Ledger:
             elif kind == REVOKED and grant_id in ledger.grants:
                 before = ledger.grants[grant_id]
                 ledger.grants[grant_id] = Grant(**{**vars(before), "revoked_at": moment.wall})
+            elif kind == EXPIRED:
+                ledger.expired.add(grant_id)
             elif kind in (RESERVED, USED):
                 attempt = (str(entry["run"]), int(entry["attempt"]))
                 seconds = float(entry["seconds"])
@@ -161,6 +179,6 @@ def replay(entries: Iterable[Mapping[str, Any]]) -> Ledger:
                     ledger.open[attempt] = grant_id
                 else:
                     ledger.open.pop(attempt, None)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             continue  # of no grant that could be understood: it gives nobody anything
     return ledger

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,7 +204,7 @@ def _grant(book: Book, batch_id: str, per_run: float, in_all: float, who: str | 
         Scope(kind=BATCH, value=batch_id),
         per_run=per_run,
         total=in_all,
-        ends=time.time() + to_end,
+        ends=book.time() + to_end,
         by=identity(who),
     )
     return grant.id

@@ -86,7 +86,7 @@ class Runner:
     def run(self) -> Outcome:
         """Execute the attempt; the outcome is in the record when this returns."""
         self.stopper.start()
-        self._grant.watch(lambda: self.stopper.request(contract.REVOKED))
+        self._grant.watch(self.stopper.request)
         heart = threading.Thread(target=self._beat, name="grd-heartbeat", daemon=True)
         heart.start()
         try:
@@ -343,7 +343,8 @@ class Runner:
         leftovers.sweep_checkpoints(Path(record.checkpoint_dir))
         reserve.give_back(self.folder)
         view = view_of(self.folder)
-        attempt.state, attempt.cause, attempt.detail = outcome.state, outcome.cause, outcome.detail
+        detail = outcome.detail or self._grant.detail(outcome.cause)
+        attempt.state, attempt.cause, attempt.detail = outcome.state, outcome.cause, detail
         attempt.stop, attempt.cells, attempt.oom = outcome.stop, outcome.cells, outcome.oom
         self._resources.close()
         attempt.resources = self._resources.summary()
@@ -352,7 +353,7 @@ class Runner:
         self._grant.close(attempt.seconds)
         used = float(record.budget.get("used_seconds") or 0.0)
         record.budget["used_seconds"] = round(used + attempt.seconds, 3)
-        record.state, record.cause, record.detail = outcome.state, outcome.cause, outcome.detail
+        record.state, record.cause, record.detail = outcome.state, outcome.cause, detail
         record.ended_at = attempt.ended_at
         record.note_processes({})
         record.resumable = contract.is_resumable(outcome.state, outcome.cause)

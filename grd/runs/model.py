@@ -38,7 +38,8 @@ class Attempt:
     notebook_sha256: str | None = None
     cap: dict[str, Any] | None = None
     """What this attempt may take beside the record's timeout and budget: seconds, cause (of the end it would
-    meet), grant, counted (whether the grant's log could be written); None without such a cap."""
+    meet), grant, until_end (whether the grant's end is what bounds it), counted (whether the grant's log
+    could be written); None without such a cap."""
     gpus: list[dict[str, Any]] | None = None
     """GPUs that were leased for it: gpu (the driver's number) and uuid; None without a lease."""
     changes: dict[str, Any] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -72,6 +73,8 @@ class Agreed:
     total: float | None
     attempt: float | None
     grant: Grant | None = None
+    note: Mapping[str, Any] | None = None
+    """What the log is told once an attempt starts on it, where no person and no grant has agreed."""
 
     def budget(self, used: float) -> dict[str, Any]:
         """As the record keeps it."""
@@ -142,7 +145,20 @@ def agree(
             budget=wanted.budget,
         )
     used_grant = grant if decided.agreed == decision.GRANT else None
-    return Agreed(word=decided.agreed, total=decided.total, attempt=decided.attempt, grant=used_grant)
+    note: dict[str, Any] | None = None
+    if decided.agreed == decision.ALLOCATION:
+        note = {"by": identity(decision.ALLOCATION), "job": allocation.job_of(environment), "ends": ends}
+    elif decided.agreed == decision.ALLOWED and (
+        wanted.typed_now or wanted.agreed_before != decision.ALLOWED
+    ):
+        note = {"by": identity("config")}
+    return Agreed(
+        word=decided.agreed,
+        total=decided.total,
+        attempt=decided.attempt,
+        grant=used_grant,
+        note=None if note is None else {**note, "timeout": wanted.timeout, "budget": wanted.budget},
+    )
 
 
 def _grant_for(book: Book, wanted: Wanted) -> tuple[Grant | None, float | None, float | None]:
@@ -151,7 +167,7 @@ def _grant_for(book: Book, wanted: Wanted) -> tuple[Grant | None, float | None, 
     if found is None:
         return None, None, None
     grant, ledger, moment = found
-    return grant, grant.per_run, ledger.left(grant, moment)
+    return grant, grant.per_run, ledger.available(grant, moment)
 
 
 def _ask(
@@ -188,7 +204,7 @@ def _agreed_by(book: Book, question: Question, answer: str, who: str | None) -> 
             Scope(kind=PROJECT, value=question.place.project),
             per_run=SESSION_SECONDS,
             total=SESSION_SECONDS,
-            ends=time.time() + SESSION_SECONDS,
+            ends=book.time() + SESSION_SECONDS,
             by=identity(who),
             estimate=question.estimate.to_dict(),
         )
@@ -232,10 +248,16 @@ def _how_to_grant(book: Book, wanted: Wanted) -> str:
 
 
 def cap_of(agreed: Agreed, folder: RunFolder, attempt: int, used: float) -> dict[str, Any] | None:
-    """What the attempt may take beside what was typed, as the record keeps it; a grant's time is reserved.
+    """What the attempt may take beside what was typed, as the record keeps it; a grant's time is reserved,
+    and none beyond its end. What neither a person nor a grant has agreed to is written into the log.
 
-    Raises ApprovalRequired where another run has taken the rest of the grant meanwhile.
+    Raises ApprovalRequired where the grant has ended, or another run has taken the rest of it, meanwhile.
     """
+    if agreed.note is not None:
+        with contextlib.suppress(GrdError):  # that it cannot be written does not undo it
+            Book().log.append(
+                agreed.word, run=folder.run_id, attempt=attempt, folder=str(folder.path), **agreed.note
+            )
     if agreed.word == decision.ALLOCATION and agreed.attempt is not None:
         return {"seconds": agreed.attempt, "cause": contract.DEADLINE, "grant": None, "counted": True}
     if agreed.grant is None:
@@ -245,12 +267,14 @@ def cap_of(agreed: Agreed, folder: RunFolder, attempt: int, used: float) -> dict
     taken = Book().reserve(agreed.grant, folder, attempt, seconds)
     if taken is None:
         raise ApprovalRequired(
-            f"other runs have used up grant {agreed.grant.id} meanwhile; a person types: grd approve"
+            f"grant {agreed.grant.id} has ended, or other runs have used it up meanwhile; "
+            "a person types: grd approve"
         )
     return {
         "seconds": taken.seconds,
         "cause": contract.APPROVAL_REQUIRED,
         "grant": taken.grant,
+        "until_end": taken.until_end,
         "counted": taken.counted,
     }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from grd.agreement.book import Book, is_allowed_headless
+from grd.agreement.book import Book, check_terms, is_allowed_headless
 from grd.agreement.clock import now
 from grd.agreement.grants import Grant, Ledger
 from grd.agreement.person import identity, who_can_answer
@@ -25,6 +25,10 @@ from grd.steps.agreeing import scope_of
 from grd.steps.run import runs_folder
 
 DEFAULT_UNTIL = "12h"
+
+AHEAD_SECONDS = 60.0
+"""What the log's time may be ahead of this machine's clock without a word."""
+
 _TIME_OF_DAY = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)")
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -82,16 +86,28 @@ def approve(
         project=project,
     )
     in_all = _seconds("--total", total)
+    for_one = in_all if per_run is None else _seconds("--max", per_run)
+    lasts = _seconds_until(until)
+    check_terms(per_run=for_one, total=in_all, lasts=lasts)
     book = Book()
     _, problem = book.ledger()
-    if problem is not None:
-        aside = book.log.restart(problem)
-        say(f"{problem}: a new log was begun, the old one lies in {aside}; its grants no longer count")
+    if problem is not None and (aside := book.log.restart()) is not None:
+        say(
+            f"{problem}: a new log was begun, the old one lies in {aside}; its grants no longer "
+            "count, and runs that use one save and stop"
+        )
+    here = book.time()
+    if (ahead := here - time.time()) > AHEAD_SECONDS:
+        say(
+            f"this machine's clock was ahead once: the log of agreements counts on from then and is "
+            f"{format_duration(round(ahead))} ahead now; the grant lasts as "
+            "long as you typed, and its end is shown by the log"
+        )
     grant = book.grant(
         scope,
-        per_run=in_all if per_run is None else _seconds("--max", per_run),
+        per_run=for_one,
         total=in_all,
-        ends=_end(until),
+        ends=here + lasts,
         by=identity(who if who is not None else "config"),
         reason=reason,
     )
@@ -101,7 +117,7 @@ def approve(
 
 @click.command(cls=AnsweringCommand)
 @click.argument("grants", nargs=-1, metavar="GRANT...")
-@click.option("--all", "every", is_flag=True, help="All that are valid.")
+@click.option("--all", "every", is_flag=True, help="All that are valid, or that a run still uses.")
 @_json
 def revoke(grants: tuple[str, ...], every: bool, as_json: bool) -> Answer:
     """Take grants back. A run that uses one is asked to save and stop within a second or two.
@@ -111,23 +127,22 @@ def revoke(grants: tuple[str, ...], every: bool, as_json: bool) -> Answer:
     if bool(grants) == every:
         raise UsageError("name a GRANT or more (see: grd approvals), or give --all")
     book = Book()
-    names = list(grants)
-    if every:
-        ledger, _ = book.ledger()
-        names = [grant.id for grant in ledger.grants.values() if ledger.state_of(grant, now()) == "valid"]
     by = identity(who_can_answer())
-    revoked = [book.revoke(name, by) for name in names]
+    revoked = book.revoke_all(by) if every else [book.revoke(name, by) for name in grants]
     ledger, _ = book.ledger()
     rows = [_row(grant, ledger) for grant in revoked]
     return Answer(
         document={"schema": "grd.revoke/1", "grants": rows},
-        lines=[f"revoked {row['id']} ({row['scope']})" for row in rows] or ["no grant is valid"],
+        lines=[f"revoked {row['id']} ({row['scope']})" for row in rows]
+        or ["no grant is valid, and no run uses one"],
         as_json=as_json,
     )
 
 
 @click.command(cls=AnsweringCommand)
-@click.option("--log", "whole", is_flag=True, help="Every entry: granted, typed, declined, used, revoked.")
+@click.option(
+    "--log", "whole", is_flag=True, help="Every entry, from granted and typed to revoked and expired."
+)
 @click.option("--verify", is_flag=True, help="Only whether the log is whole; exit code 1 if not.")
 @_json
 def approvals(whole: bool, verify: bool, as_json: bool) -> Answer:
@@ -167,14 +182,14 @@ def _seconds(flag: str, text: str) -> float:
         raise UsageError(f"{flag}: {error}") from None
 
 
-def _end(text: str) -> float:
-    """POSIX seconds of ``8h`` from now, or of the next ``18:00`` by this machine's clock."""
+def _seconds_until(text: str) -> float:
+    """Seconds to ``8h`` from now, or to the next ``18:00`` by this machine's clock."""
     match = _TIME_OF_DAY.fullmatch(text.strip())
     if match is None:
-        return time.time() + _seconds("--until", text)
+        return _seconds("--until", text)
     here = datetime.now().astimezone()
     end = here.replace(hour=int(match[1]), minute=int(match[2]), second=0, microsecond=0)
-    return (end if end > here else end + timedelta(days=1)).timestamp()
+    return ((end if end > here else end + timedelta(days=1)) - here).total_seconds()
 
 
 def _notebook(typed: str) -> str:
@@ -189,6 +204,7 @@ def _row(grant: Grant, ledger: Ledger) -> dict[str, Any]:
         "id": grant.id,
         "scope": str(grant.scope),
         "state": ledger.state_of(grant, moment),
+        "revocable": ledger.can_be_revoked(grant, moment),
         "per_run_seconds": grant.per_run,
         "total_seconds": grant.total,
         "left_seconds": round(ledger.left(grant, moment), 3),
@@ -217,7 +233,7 @@ def _lines(rows: list[dict[str, Any]]) -> list[str]:
             caps += f"{format_duration(row['total_seconds'])} left, until {local_time(row['ends_at'])}"
         by = row["by"]
         lines.append(f"{caps}; by {by.get('user') or 'somebody'} ({by.get('how')})")
-        if row["state"] == "valid":
+        if row["revocable"]:
             lines.append(f"  to take it back: grd revoke {row['id']}")
     return lines
 
