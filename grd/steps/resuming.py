@@ -363,7 +363,9 @@ def _check_resumable(record: RunRecord, changes: Mapping[str, Any], cap: dict[st
 
 
 def _more(record: RunRecord) -> str:
-    return f"{max(1, round(float(record.budget['seconds']) * 2 / 3600))}h"
+    """Twice as much as was agreed to, and more than was used."""
+    hours = 2 * max(float(record.budget["seconds"]), float(record.budget.get("used_seconds") or 0.0)) / 3600
+    return f"{max(1, round(hours))}h"
 
 
 def _point_out_changed_original(record: RunRecord, edited: bool, on_note: OnNote | None) -> None:
