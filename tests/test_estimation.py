@@ -419,13 +419,22 @@ def test_a_steady_training_is_predicted_from_wherever_somebody_looks(
     assert LiveView.from_dict(json.loads(json.dumps(view.to_dict()))) == view
 
 
-@given(st.lists(st.tuples(st.floats(allow_nan=True), st.floats(-10, 1e9), st.integers(-3, 30)), max_size=30))
+HUGE = 10**400
+"""A whole number beyond every float, as a notebook may tell or somebody may type it."""
+
+NUMBERS = st.floats(allow_nan=True) | st.sampled_from([HUGE, -HUGE, 10])
+
+
+@given(
+    st.lists(st.tuples(NUMBERS, st.floats(-10, 1e9), st.integers(-3, 30)), max_size=30), NUMBERS | st.just(10)
+)
 def test_whatever_a_notebook_tells_of_its_progress_the_time_left_is_a_number_or_null(
-    told: list[tuple[float, float, int]],
+    told: list[tuple[float, float, int]], total: float
 ) -> None:
     view = LiveView()
     for n, t, steps in told:
-        view.take({"kind": "progress", "name": "x", "n": n, "total": 10, "t": t, "step": 1, "steps": steps})
+        event = {"kind": "progress", "name": "x", "n": n, "total": total, "t": t, "step": 1, "steps": steps}
+        view.take({**event, "samples": n})
     if view.progress is not None:
         eta = shown(view)["eta_seconds"]
         assert eta is None or 0 <= eta < math.inf
@@ -528,6 +537,18 @@ def test_a_notebook_whose_outputs_alone_changed_is_the_same(tmp_path: Path) -> N
     }
     assert code_sha256(NOTEBOOK) == code_sha256(with_output)
     assert code_sha256(NOTEBOOK) != code_sha256({"cells": [{"cell_type": "code", "source": "train(2)"}]})
+
+
+def test_a_size_beyond_every_float_is_unknown_and_no_error(tmp_path: Path) -> None:
+    runs = write_runs(tmp_path, run_json())
+    assert estimate(runs).seconds == pytest.approx(100)
+    found = estimate(runs, given_parameters(epochs=HUGE))
+    assert (found.seconds, found.method) == (None, "unknown")
+    assert estimate(runs, given_parameters(epochs=-HUGE)).high is not None
+    of_huge = run_json(
+        seconds=HUGE, state="interrupted", progress={"n": HUGE, "total": HUGE, "eta_seconds": HUGE}
+    )
+    assert estimate(write_runs(tmp_path / "other", of_huge)).seconds is None
 
 
 def test_the_run_most_like_it_is_taken_not_the_newest(tmp_path: Path) -> None:
