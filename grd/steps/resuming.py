@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -373,8 +374,9 @@ def _point_out_changed_original(record: RunRecord, edited: bool, on_note: OnNote
         return
     with contextlib.suppress(NotFoundError, NotebookError):
         if read_notebook(record.notebook).sha256 != record.notebook_sha256:
+            changed = shlex.quote(record.notebook)
             tell(
                 on_note,
                 f"{record.notebook} has changed since; resuming the run's own copy. "
-                f"To use the changed one: grd resume {record.run_id} --notebook {record.notebook}",
+                f"To use the changed one: grd resume {record.run_id} --notebook {changed}",
             )
