@@ -81,7 +81,10 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
 
 def read_json(path: Path) -> Any:
     """The value stored in ``path``; raises OSError or ValueError."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
 
 
 # --- JSON lines ------------------------------------------------------------------------------------------

@@ -112,6 +112,44 @@ def test_the_command_that_is_named_grants_it(strict: Project) -> None:
     assert [entry["kind"] for entry in log(strict)] == ["granted", "reserved", "used"]
 
 
+def used_up(project: Project, seconds: float) -> dict[str, Any]:
+    """The record of an interrupted run whose attempts have used ``seconds``."""
+    started = project.grd("research", "waits.ipynb", "--detach", "--json")
+    assert started.code == 0, started.err
+    project.wait_for_event("progress", name="epochs")
+    assert project.grd("stop", "last", "--now").code == 0
+    file = project.run_folders()[-1] / "run.json"
+    record = json.loads(file.read_text())
+    record["budget"]["used_seconds"] = seconds
+    file.write_text(json.dumps(record))
+    return dict(record)
+
+
+def test_the_command_that_is_named_for_a_resume_counts_what_was_used(strict: Project) -> None:
+    (strict.path / "grd.toml").write_text('long_running_threshold = "5s"\n')
+    used_up(strict, 4000)
+    resume = ("resume", "last", "--timeout", "30s", "--detach")
+    refused = strict.grd(*resume)
+    assert refused.code == 77
+    command = refused.err.strip().split("grd approve", 1)[1].split()
+    grant(strict, *command)
+    going = strict.grd(*resume)
+    assert going.code == 0, going.err
+    assert newest(strict)["budget"]["agreed"] == "grant"
+
+
+def test_a_budget_that_is_used_up_is_not_mended_by_a_grant(strict: Project) -> None:
+    (strict.path / "grd.toml").write_text('long_running_threshold = "5s"\n')
+    record = used_up(strict, 4 * 3600)
+    refused = strict.grd("resume", "last", "--budget", "30s")
+    assert refused.code == 77
+    assert "give a longer --budget" in refused.err
+    assert "grd approve" not in refused.err
+    at_tty = at_terminal(strict, "resume", "last", "--budget", "30s")
+    assert at_tty.code == 77
+    assert f"grd resume {record['run_id']} --budget 8h" in at_tty.err
+
+
 def test_only_a_person_grants_unless_the_users_own_file_allows_it(strict: Project) -> None:
     refused = strict.grd("approve")
     assert refused.code == 77
@@ -329,6 +367,16 @@ def test_in_a_slurm_job_the_run_ends_before_the_job_does(strict: Project) -> Non
         env={"SLURM_JOB_ID": "78", "SLURM_JOB_END_TIME": str(int(time.time()) + 60)},
     )
     assert too_late.code == 77
+    assert "grd approve" not in too_late.err, "no grant makes the job longer"
+    assert "ask the scheduler for more than" in too_late.err
+    assert "--grace" not in too_late.err
+    with_less_grace = strict.grd(
+        "research",
+        "train.ipynb",
+        env={"SLURM_JOB_ID": "79", "SLURM_JOB_END_TIME": str(int(time.time()) + 85)},
+    )
+    assert with_less_grace.code == 77
+    assert "give a --grace below" in with_less_grace.err
 
 
 def test_a_state_folder_that_is_mounted_read_only_sees_and_uses_grants(strict: Project) -> None:
@@ -466,6 +514,17 @@ def test_a_no_starts_nothing_and_is_written_down(known: Project) -> None:
         assert declined.code == 77, declined.err
         assert known.run_folders() == before
     assert [entry["kind"] for entry in log(known)] == ["declined"] * 3
+
+
+def test_a_yes_to_an_absurd_estimate_agrees_to_ten_years_and_starts(known: Project) -> None:
+    absurd = [word.replace("100000", "1" + 15 * "0") for word in LONG_RUN]
+    asked = at_terminal(known, *absurd, typed="y\n")
+    assert asked.code == 0, asked.err
+    assert "a yes agrees to 87660h" in asked.err
+    known.wait_for_event("progress", known.run_folders()[-1], name="epochs")
+    record = newest(known)
+    assert record["budget"]["seconds"] == 10 * 365.25 * 86400
+    assert record["cause"] != "start_failed"
 
 
 def test_capped_it_gets_what_nobody_needs_to_agree_to(known: Project) -> None:

@@ -169,3 +169,26 @@ def test_python_has_the_same(project: Project, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(project.path)
     found = estimate_notebook(notebook, {"epochs": 5})
     assert found.to_dict()["notebook"] == str(notebook) and found.estimate.seconds is None
+
+
+def test_a_number_with_four_hundred_digits_is_estimated_run_and_looked_at_without_a_traceback(
+    project: Project,
+) -> None:
+    project.notebook("train.ipynb", TRAIN, parameters=PARAMETERS)
+    assert project.grd("research", "train.ipynb").code == 0
+    huge = ("-p", "epochs", "1" + 400 * "0", "-p", "seconds", "0.001")
+    assert estimated(project, *huge)["seconds"] is None
+    assert project.grd("research", "train.ipynb", *huge, "--detach").code == 0
+    project.wait_for_event("progress", project.run_folders()[-1], name="epochs")
+    shown = project.grd("status", "last", "--json")
+    assert shown.code == 0, shown.err
+    stopped = project.grd("stop", "last", "--now")
+    assert stopped.code == 0, stopped.err
+
+
+def test_a_notebook_that_is_nested_too_deeply_is_one_line(project: Project) -> None:
+    (project.path / "deep.ipynb").write_text("[" * 100_000)
+    for command in ("estimate", "research"):
+        refused = project.grd(command, "deep.ipynb")
+        assert refused.code == 2
+        assert refused.err == "grd: deep.ipynb is no notebook: its JSON is nested too deeply\n"

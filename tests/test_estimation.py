@@ -7,6 +7,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,44 @@ def test_numbers_that_are_none_are_refused_by_name(wrong: dict[str, Any]) -> Non
     arguments = {"num_samples": 10, "num_epochs": 1, "model_params": 10, "hardware_profile": A100, **wrong}
     with pytest.raises(ValueError, match="|".join([*wrong, "more work"])):
         estimate_training_duration(**arguments)
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        {"gpus": 5},
+        {"gpus": [1]},
+        {"gpu": "A100"},
+        {"measured": [1]},
+        {"measured": {"compute": 3}},
+        {"measured": {"compute": {"device": None, "kind": "cpu", "matmul": 7}}},
+        {"measured": {"compute": {"device": None, "kind": "cpu", "matmul": [7]}}},
+        [("gpus", ())],
+        7,
+    ],
+    ids=str,
+)
+def test_a_profile_of_another_form_is_refused_by_name(profile: Any) -> None:
+    with pytest.raises(ValueError, match="profile"):
+        estimate_training_duration(10, 1, 10, profile)
+
+
+@pytest.mark.parametrize("profile", [{"measured": [1]}, {"measured": {"compute": 3}}, [1], 7, "cpu"], ids=str)
+def test_a_table_is_not_estimated_by_a_profile_of_another_form(profile: Any) -> None:
+    with pytest.raises(ValueError, match="profile"):
+        estimate_eda_duration(10, 2, profile)
+
+
+def test_every_kind_of_number_is_a_measurement() -> None:
+    found = estimate_eda_duration(10, 2, sample_rows=1, sample_seconds=Fraction(1, 2))  # type: ignore[arg-type]
+    assert found["estimated_seconds"] == 5
+    numpy = pytest.importorskip("numpy")
+    flops = numpy.float32(1000)
+    assert estimate_training_duration(numpy.int64(10), 1, 10, A100, flops_per_sample=flops)
+    huge = {"measured": {"compute": {"kind": "cpu", "memory_bandwidth_gbs": 10**400}}}
+    assert estimate_eda_duration(10, 2, huge)["low_seconds"] == 0
+    with pytest.raises(ValueError, match="threshold_seconds"):
+        estimate_eda_duration(10, 2, threshold_seconds=10**400)
 
 
 COUNTS = st.integers(0, 10**9)
@@ -419,13 +458,33 @@ def test_a_steady_training_is_predicted_from_wherever_somebody_looks(
     assert LiveView.from_dict(json.loads(json.dumps(view.to_dict()))) == view
 
 
-@given(st.lists(st.tuples(st.floats(allow_nan=True), st.floats(-10, 1e9), st.integers(-3, 30)), max_size=30))
+HUGE = 10**400
+"""A whole number beyond every float, as a notebook may tell or somebody may type it."""
+
+NUMBERS = st.floats(allow_nan=True) | st.sampled_from([HUGE, -HUGE, 10])
+
+
+def test_a_resumed_run_has_no_time_left_until_it_tells_its_own_progress() -> None:
+    view = LiveView()
+    for n in range(5):
+        view.take({"kind": "progress", "name": "epochs", "n": n, "total": 10, "t": 100.0 * n})
+    assert shown(view)["eta_seconds"] == pytest.approx(600)
+    view.take({"kind": "state", "state": "running", "t": 9000.0})
+    waiting = shown(view)
+    assert (waiting["eta_seconds"], waiting["n"], waiting["total"]) == (None, 4, 10)
+    assert waiting["eta_basis"] == "this attempt has not told its progress yet"
+
+
+@given(
+    st.lists(st.tuples(NUMBERS, st.floats(-10, 1e9), st.integers(-3, 30)), max_size=30), NUMBERS | st.just(10)
+)
 def test_whatever_a_notebook_tells_of_its_progress_the_time_left_is_a_number_or_null(
-    told: list[tuple[float, float, int]],
+    told: list[tuple[float, float, int]], total: float
 ) -> None:
     view = LiveView()
     for n, t, steps in told:
-        view.take({"kind": "progress", "name": "x", "n": n, "total": 10, "t": t, "step": 1, "steps": steps})
+        event = {"kind": "progress", "name": "x", "n": n, "total": total, "t": t, "step": 1, "steps": steps}
+        view.take({**event, "samples": n})
     if view.progress is not None:
         eta = shown(view)["eta_seconds"]
         assert eta is None or 0 <= eta < math.inf
@@ -528,6 +587,18 @@ def test_a_notebook_whose_outputs_alone_changed_is_the_same(tmp_path: Path) -> N
     }
     assert code_sha256(NOTEBOOK) == code_sha256(with_output)
     assert code_sha256(NOTEBOOK) != code_sha256({"cells": [{"cell_type": "code", "source": "train(2)"}]})
+
+
+def test_a_size_beyond_every_float_is_unknown_and_no_error(tmp_path: Path) -> None:
+    runs = write_runs(tmp_path, run_json())
+    assert estimate(runs).seconds == pytest.approx(100)
+    found = estimate(runs, given_parameters(epochs=HUGE))
+    assert (found.seconds, found.method) == (None, "unknown")
+    assert estimate(runs, given_parameters(epochs=-HUGE)).high is not None
+    of_huge = run_json(
+        seconds=HUGE, state="interrupted", progress={"n": HUGE, "total": HUGE, "eta_seconds": HUGE}
+    )
+    assert estimate(write_runs(tmp_path / "other", of_huge)).seconds is None
 
 
 def test_the_run_most_like_it_is_taken_not_the_newest(tmp_path: Path) -> None:

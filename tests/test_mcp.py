@@ -263,6 +263,30 @@ def test_errors_say_what_is_wrong_and_what_to_do_and_leave_nothing(agent: Agent,
     assert project.run_folders() == []
 
 
+def test_a_misspelt_argument_and_a_truth_for_a_number_are_refused_by_name(
+    agent: Agent, project: Project
+) -> None:
+    project.notebook("train.ipynb", TRAIN, parameters=PARAMETERS)
+    for wrong in (
+        {"timeuot": "1h"},
+        {"timeout": True},
+        {"budget": False},
+        {"key": True},
+        {"gpus": False},
+        {"max_attempts": True},
+    ):
+        (name,) = wrong
+        text = agent.refused("run_start", notebook="train.ipynb", **wrong)
+        assert name in text and "Traceback" not in text, text
+    assert "seconds" in agent.refused("run_wait", runs=["last"], seconds=True)
+    assert "tail" in agent.refused("run_logs", run="last", tail=True)
+    assert project.run_folders() == []
+    started = agent.call(
+        "run_start", notebook="train.ipynb", parameters={"epochs": 1}, timeout=60, allow_unknown=False
+    )
+    assert started["timeout"] == 60
+
+
 def test_what_grd_did_not_foresee_is_told_too(in_memory: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
     from grd.interfaces.mcp import tools
 

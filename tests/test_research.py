@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -237,13 +238,16 @@ def test_resume_goes_back_to_a_named_epoch_and_refuses_one_that_is_not_there(pro
 
 @pytest.mark.faults
 def test_a_changed_original_is_pointed_out_but_not_used(project: Project) -> None:
-    project.notebook("train.ipynb", "print('old')\n1 / 0", parameters=PARAMETERS)
-    assert project.grd("research", "train.ipynb").code == 1
-    project.notebook("train.ipynb", "print('new')", parameters=PARAMETERS)
+    project.notebook("my train.ipynb", "print('old')\n1 / 0", parameters=PARAMETERS)
+    assert project.grd("research", "my train.ipynb").code == 1
+    project.notebook("my train.ipynb", "print('new')", parameters=PARAMETERS)
     resumed = project.grd("resume", "last")
     assert resumed.code == 1
     assert "has changed since" in resumed.err
     assert outputs(project.only_run()).startswith("old")
+    command = shlex.split(resumed.err.split("To use the changed one: grd ", 1)[1].splitlines()[0])
+    assert project.grd(*command).code == 0
+    assert outputs(project.only_run()) == "new\n"
 
 
 def test_the_kernels_folder_is_the_callers_at_the_first_start_also_on_resume(project: Project) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import threading
 from collections import Counter
@@ -11,6 +12,8 @@ import pytest
 from conftest import LIMIT_SECONDS, Project, wait_until
 
 import grd
+from grd.errors import ResourceUnavailable
+from grd.steps.estimator import estimate_notebook
 
 
 @pytest.mark.faults
@@ -79,3 +82,35 @@ def test_a_runs_folder_that_is_a_file_is_a_usage_error(project: Project) -> None
     done = project.grd("research", "plain.ipynb", "--runs-dir", "taken")
     assert done.code == 2
     assert "no run folder can be made" in done.err
+
+
+def test_what_cannot_be_looked_at_among_the_runs_is_no_run(project: Project) -> None:
+    project.notebook("plain.ipynb", "1")
+    assert project.grd("research", "plain.ipynb").code == 0
+    for place in (project.runs_dir, project.runs_dir / "batches"):
+        place.mkdir(exist_ok=True)
+        (place / "loop").symlink_to("loop")
+    for command in (
+        ("status", "last"), ("list",), ("estimate", "plain.ipynb"), ("gc", "--dry-run"), ("batch", "list"),
+    ):  # fmt: skip
+        done = project.grd(*command)
+        assert done.code == 0, done.err
+    missing = project.grd("status", "x" * 300)
+    assert (missing.code, len(missing.err.splitlines())) == (66, 1)
+
+
+def test_a_folder_of_runs_that_cannot_be_read_is_named(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.notebook("plain.ipynb", "1")
+    monkeypatch.chdir(project.path)
+    project.runs_dir.mkdir()
+
+    def refuse(place: object = ".") -> object:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for look in (lambda: grd.status("last"), grd.list_runs):
+        with pytest.raises(ResourceUnavailable, match="cannot be read: Permission denied"):
+            look()
+    assert estimate_notebook("plain.ipynb").estimate.seconds is None

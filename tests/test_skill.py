@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,16 @@ def test_twice_changes_nothing_and_an_edited_file_stays_unless_it_may_be_replace
     replaced = project.grd("skill", "install", "--replace", "--json")
     assert (replaced.json["changed"], replaced.json["replaced"]) == (True, True)
     assert place.read_bytes() == written
+
+
+def test_the_command_that_replaces_an_edited_file_can_be_typed_as_it_stands(project: Project) -> None:
+    given = ("skill", "install", "--to", "a b")
+    assert project.grd(*given).code == 0
+    (project.path / "a b" / "grd" / "SKILL.md").write_text("mine")
+    refused = project.grd(*given)
+    assert refused.code == 2
+    command = shlex.split(refused.err.strip().rsplit(": grd ", 1)[1])
+    assert project.grd(*command).code == 0
 
 
 def test_what_an_older_grd_has_written_is_brought_up_to_date_unasked(project: Project) -> None:

@@ -14,7 +14,7 @@ from grd.agreement.person import identity, who_can_answer
 from grd.batch.plan import Plan, PlannedRun
 from grd.errors import ApprovalRequired, GrdError
 from grd.settings import Settings, format_duration, parse_duration
-from grd.steps.agreeing import ASK_AGAIN, Wanted, agree
+from grd.steps.agreeing import ASK_AGAIN, Wanted, agree, whole_minutes
 from grd.steps.estimator import Estimator
 
 MOST_ESTIMATED = 100
@@ -123,12 +123,12 @@ def agree_in_advance(
     threshold = settings.long_running_threshold
     if total.high is None or total.longest is None or max(total.high, total.longest) <= threshold:
         return None
-    per_run = max(60.0, -(-total.longest // 60) * 60)
+    per_run = whole_minutes(total.longest)
     question = BatchQuestion(
         total=total,
         jobs=plan.options.jobs,
         per_run=per_run,
-        in_all=max(per_run, -(-total.high // 60) * 60),
+        in_all=max(per_run, whole_minutes(total.high)),
         otherwise=settings.default_timeout,
     )
     answer = _ask(question, asker, book, project, who)

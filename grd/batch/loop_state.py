@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,7 +72,7 @@ class LoopMemory:
         if lock is None:
             raise ResourceUnavailable(
                 f"{self._holder()} runs a loop with {self.path}; see: "
-                f"grd loop --memory-path {self.path} --status"
+                f"grd loop --memory-path {shlex.quote(str(self.path))} --status"
             )
         try:
             yield

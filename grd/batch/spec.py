@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,7 +76,7 @@ def read_spec(source: str | Path | Mapping[str, Any], more: Mapping[str, Any] | 
 def _document(name: str, typed: Mapping[str, Any]) -> Any:
     path = Path(name)
     if path.suffix == ".ipynb":
-        raise UsageError(f"{name} is a notebook; a grid of it: grd sweep {name} -g NAME VALUES")
+        raise UsageError(f"{name} is a notebook; a grid of it: grd sweep {shlex.quote(name)} -g NAME VALUES")
     if path.suffix.lower() not in documents.SUFFIXES:
         documents.read_text(path, name)
         raise UsageError(f"{name}: a spec is a file that ends with {', '.join(documents.SUFFIXES)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import math
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grd.errors import ResourceUnavailable
 from grd.estimation import history
 from grd.estimation.estimate import UNKNOWN, Estimate, confidence_of
 from grd.estimation.history import Job, Likeness, PastRun
@@ -63,9 +65,15 @@ def code_sha256(notebook: Mapping[str, Any]) -> str:
 
 
 def read_past(runs_dir: Path, limit: int = RUNS_READ) -> list[PastRun]:
-    """The newest ``limit`` runs in ``runs_dir``, newest first; damaged records are passed over."""
+    """The newest ``limit`` runs in ``runs_dir``, newest first; damaged records are passed over.
+
+    A folder that cannot be read has none, as far as anybody can tell.
+    """
     found = []
-    for folder in itertools.islice(run_folders(runs_dir), limit):
+    folders: list[RunFolder] = []
+    with contextlib.suppress(ResourceUnavailable):
+        folders = list(itertools.islice(run_folders(runs_dir), limit))
+    for folder in folders:
         try:
             record = read_json(folder.record)
         except (OSError, ValueError):

@@ -1,9 +1,12 @@
-"""Numbers that callers give: whole, finite, not negative, or a ValueError that names them."""
+"""What callers give: numbers that are whole, finite, not negative, and profiles of the form that
+`grd.hardware.capture_hardware_profile` gives them, or a ValueError that names what is not."""
 
 from __future__ import annotations
 
 import math
+import numbers
 import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 LARGEST = 1e200
@@ -25,11 +28,33 @@ def count(name: str, value: Any, least: int = 0) -> int:
 
 def positive(name: str, value: Any, *, zero: bool = False) -> float:
     """``value`` as a finite number above zero, or from ``zero`` on. Raises ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{name} must be a number, not {value!r}")
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        raise ValueError(f"{name} must be finite and {'0 or more' if zero else 'above 0'}, not {value}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
+        raise ValueError(f"{name} must be finite and {'0 or more' if zero else 'above 0'}, not {number}")
+    return number
+
+
+def table(name: str, value: Any) -> Mapping[str, Any]:
+    """``value`` as a mapping, an empty one where it is None. Raises ValueError."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be a mapping, not {type(value).__name__}")
+    return value
+
+
+def rows(name: str, value: Any) -> Sequence[Mapping[str, Any]]:
+    """``value`` as a list of mappings, an empty one where it is None. Raises ValueError."""
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple) or not all(isinstance(row, Mapping) for row in value):
+        raise ValueError(f"{name} must be a list of mappings")
+    return value
 
 
 def product(*factors: float) -> float:
@@ -41,3 +66,10 @@ def product(*factors: float) -> float:
     if not found <= LARGEST:
         raise ValueError("that is more work than a number can hold")
     return found
+
+
+def measured(profile: Any) -> Mapping[str, Any]:
+    """What `grd benchmark` measured, by the profile; empty where it did not. Raises ValueError."""
+    whole = table("hardware_profile", profile)
+    found = table("the profile's measured", whole.get("measured"))
+    return table("the profile's measured compute", found.get("compute"))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from grd.contract import LONG_RUNNING_SECONDS
-from grd.estimation.checked import count, positive, product
+from grd.estimation.checked import LARGEST, count, measured, positive, product
 from grd.estimation.estimate import LOW, UNKNOWN, in_units
 from grd.estimation.interval import PRIOR_PROBE, Factor
 
@@ -33,7 +33,8 @@ def estimate_eda_duration(
     Keys as of `estimate_training_duration`, without the operations: estimated_seconds, estimated_minutes,
     estimated_hours, low_seconds, high_seconds, is_long_running, requires_user_confirmation, confidence
     (LOW with a sample, UNKNOWN without), basis, reasons.
-    Raises ValueError for numbers that are no counts, and for one half of a sample without the other.
+    Raises ValueError for numbers that are no counts, for one half of a sample without the other, and for a
+    profile of another form.
     """
     rows, columns = count("num_rows", num_rows), count("num_columns", num_columns)
     threshold = positive("threshold_seconds", threshold_seconds)
@@ -41,12 +42,13 @@ def estimate_eda_duration(
         raise ValueError("a sample is sample_rows and sample_seconds together")
     seconds = high = None
     reasons: dict[str, str] = {}
-    low, basis = _one_pass(rows, columns, hardware_profile or {})
+    low, basis = _one_pass(rows, columns, hardware_profile)
     if sample_rows is not None:
         sampled = count("sample_rows", sample_rows, least=1)
-        seconds = product(positive("sample_seconds", sample_seconds), rows) / sampled
+        took = positive("sample_seconds", sample_seconds)
+        seconds = product(took, rows) / sampled
         low, high = Factor(value=PRIOR_PROBE, n=0).around(seconds)
-        basis = f"{sampled} rows took {sample_seconds:g} s, and all {rows} are taken to be like them"
+        basis = f"{sampled} rows took {took:g} s, and all {rows} are taken to be like them"
     else:
         reason = "nothing was measured; do the same to some rows, and give sample_rows and sample_seconds"
         names = ("estimated_seconds", "estimated_minutes", "estimated_hours", "high_seconds")
@@ -61,11 +63,15 @@ def estimate_eda_duration(
     }
 
 
-def _one_pass(rows: int, columns: int, profile: Mapping[str, Any]) -> tuple[float, str]:
+def _one_pass(rows: int, columns: int, profile: Mapping[str, Any] | None) -> tuple[float, str]:
     """Seconds in which all values can be read once at best, and where that is from."""
-    compute = (profile.get("measured") or {}).get("compute") or {}
+    compute = measured(profile)
     bandwidth = compute.get("memory_bandwidth_gbs")
-    if compute.get("kind") != "cpu" or not isinstance(bandwidth, int | float) or bandwidth <= 0:
+    if (
+        compute.get("kind") != "cpu"
+        or not isinstance(bandwidth, int | float)
+        or not (0 < bandwidth <= LARGEST)
+    ):
         return 0.0, "nothing was measured"
     seconds = product(rows, columns, BYTES_PER_VALUE) / (float(bandwidth) * 1e9)
     return seconds, f"one pass over all values at {bandwidth:.3g} GB/s, as `grd benchmark` measured"

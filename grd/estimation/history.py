@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -78,7 +79,7 @@ class PastRun:
                 progress=record.get("progress") or {},
                 estimate=estimate,
             )
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, IndexError):
             return None
 
     def total_seconds(self) -> float | None:
@@ -86,9 +87,10 @@ class PastRun:
         if self.state == contract.COMPLETED:
             return self.seconds
         left = self.progress.get("eta_seconds")
-        if self.state != contract.INTERRUPTED or not isinstance(left, int | float):
+        if self.state != contract.INTERRUPTED or isinstance(left, bool):
             return None
-        return self.seconds + float(left)
+        seconds = 0.0 if left == 0 else _number(left)
+        return None if seconds is None else self.seconds + seconds
 
     def loop_seconds(self) -> float | None:
         """How much of it was the loop that its progress was about; None where that cannot be told."""
@@ -155,7 +157,7 @@ def likeness(job: Job, past: PastRun) -> Likeness | None:
         if before == after and isinstance(before, bool) == isinstance(after, bool):
             continue
         is_size = SIZE_NAME.fullmatch(name) or before == past.progress.get("total")
-        size_then, size_now = _number(before), _number(after)
+        size_then, size_now = _number(before), _size(after)
         if is_size and size_then is not None and size_now is not None:
             sizes[name] = (size_then, size_now)
         else:
@@ -203,10 +205,10 @@ def predictions(past: Sequence[PastRun], method: str) -> list[tuple[float, float
     """Predicted and real seconds of the completed runs that ``method`` had predicted before their start."""
     found = []
     for run in past:
-        seconds = run.estimate.get("seconds")
+        seconds = _number(run.estimate.get("seconds"))
         ran = run.state == contract.COMPLETED and run.attempts == 1 and not run.changed
-        if ran and run.estimate.get("method") == method and isinstance(seconds, int | float):
-            found.append((float(seconds), run.seconds))
+        if ran and run.estimate.get("method") == method and seconds is not None:
+            found.append((seconds, run.seconds))
     return found
 
 
@@ -217,14 +219,24 @@ def probe_predictions(past: Sequence[PastRun]) -> list[tuple[float, float]]:
         probe = run.estimate.get("probe")
         if not isinstance(probe, Mapping):
             continue
-        predicted, took = probe.get("remaining_seconds"), probe.get("took_seconds")
-        if isinstance(predicted, int | float) and isinstance(took, int | float):
-            found.append((float(predicted), float(took)))
+        predicted, took = _number(probe.get("remaining_seconds")), _number(probe.get("took_seconds"))
+        if predicted is not None and took is not None:
+            found.append((predicted, took))
     return found
 
 
 def _number(value: Any) -> float | None:
     """``value`` if it is a number above zero."""
+    number = _size(value)
+    return None if number is None or math.isinf(number) else number
+
+
+def _size(value: Any) -> float | None:
+    """The same of a size, which may be beyond every float: infinite then, and so is the estimate."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if 0 < value < float("inf") else None
+    try:
+        number = float(value)
+    except OverflowError:
+        return math.inf if value > 0 else None
+    return number if number > 0 else None

@@ -50,8 +50,11 @@ def progress_with_interval(view: LiveView, estimate: Mapping[str, Any] | None) -
     if progress is None:
         return None
     pace, total = view.paces.get(progress["name"]), progress["total"]
-    if pace is None or not isinstance(total, int | float):
+    if not isinstance(total, int | float):
         return {**progress, "eta_basis": "how much there is to do was not told"}
+    if pace is None:
+        # What was left by an earlier attempt's pace is no time left of this one.
+        return {**progress, "eta_seconds": None, "eta_basis": "this attempt has not told its progress yet"}
     left = pace.remaining(total)
     if left is None:
         return {**progress, "eta_basis": "nothing was measured yet"}

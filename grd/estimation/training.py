@@ -6,12 +6,11 @@ what it gives is a lower end, and an interval that is as wide as such formulas w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from grd.contract import LONG_RUNNING_SECONDS
-from grd.estimation.checked import count, positive, product
+from grd.estimation.checked import LARGEST, count, measured, positive, product, rows, table
 from grd.estimation.estimate import LOW, UNKNOWN, in_units
 from grd.hardware.peaks import DTYPES, number_type, peak_tflops
 
@@ -57,7 +56,8 @@ def estimate_training_duration(
     None where they are not known, with why in reasons; total_tflops (10^12 operations in all); low_seconds;
     is_long_running (high_seconds is above ``threshold_seconds``, or not known) and
     requires_user_confirmation (the same); confidence (LOW, or UNKNOWN); basis (a sentence).
-    Raises ValueError for numbers that are no counts, and for an unknown ``dtype``.
+    Raises ValueError for numbers that are no counts, for an unknown ``dtype``, and for a profile of another
+    form.
     """
     samples = count("num_samples", num_samples)
     epochs = count("num_epochs", num_epochs)
@@ -117,8 +117,9 @@ def _flops_of_sample(
 
 def _gpu(profile: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The first GPU of the profile."""
-    gpu = profile.get("gpu") or next(iter(profile.get("gpus") or ()), None)
-    return gpu if isinstance(gpu, Mapping) else None
+    listed = rows("the profile's gpus", profile.get("gpus"))
+    gpu = table("the profile's gpu", profile.get("gpu"))
+    return gpu or (listed[0] if listed else None)
 
 
 def _devices(profile: Mapping[str, Any], given: int | None) -> int:
@@ -127,7 +128,7 @@ def _devices(profile: Mapping[str, Any], given: int | None) -> int:
     gpu = _gpu(profile)
     if gpu is None:
         return 1
-    listed = gpu.get("device_count") or len(profile.get("gpus") or ()) or 1
+    listed = gpu.get("device_count") or len(rows("the profile's gpus", profile.get("gpus"))) or 1
     return count("the profile's device_count", listed, least=1)
 
 
@@ -135,11 +136,11 @@ def _rate(profile: Mapping[str, Any], dtype: str, reasons: dict[str, str]) -> tu
     """TFLOP/s of one device, and where the number is from; why it is None stands in ``reasons``."""
     gpu = _gpu(profile)
     name = str(gpu.get("name")) if gpu else None
-    measured = _measured(profile, dtype, name)
+    found = _measured(profile, dtype, name)
     if name is None:
         reasons["gpu_tflops"] = "there is no GPU"
-    if measured is not None:
-        return measured, f"{measured:.3g} TFLOP/s of {dtype} as `grd benchmark` measured"
+    if found is not None:
+        return found, f"{found:.3g} TFLOP/s of {dtype} as `grd benchmark` measured"
     if name is None:
         reasons["rate"] = f"how fast this processor is in {dtype} was not measured; see: grd benchmark"
         return None, "the processor's rate is not known"
@@ -153,11 +154,11 @@ def _rate(profile: Mapping[str, Any], dtype: str, reasons: dict[str, str]) -> tu
 
 def _measured(profile: Mapping[str, Any], dtype: str, gpu: str | None) -> float | None:
     """What `grd benchmark` measured on this very device."""
-    compute = (profile.get("measured") or {}).get("compute") or {}
+    compute = measured(profile)
     if compute.get("device") != gpu or compute.get("kind") != ("cpu" if gpu is None else "gpu"):
         return None
-    for row in compute.get("matmul") or ():
+    for row in rows("the profile's matmul", compute.get("matmul")):
         tflops = row.get("tflops")
-        if row.get("dtype") == dtype and isinstance(tflops, int | float) and 0 < tflops < math.inf:
+        if row.get("dtype") == dtype and isinstance(tflops, int | float) and 0 < tflops <= LARGEST:
             return float(tflops)
     return None

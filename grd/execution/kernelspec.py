@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import json
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping
@@ -176,9 +177,11 @@ def _where_else(name: str) -> str:
         if spec.name == name:
             prefix = spec.folder.parents[3] if len(spec.folder.parents) > 3 else spec.folder
             option = (
-                f"--prefix {prefix}" if spec.folder.parent == kernels_folder(prefix=str(prefix)) else "--user"
+                f"--prefix {shlex.quote(str(prefix))}"
+                if spec.folder.parent == kernels_folder(prefix=str(prefix))
+                else "--user"
             )
-            option += f" --name {name}" if name != NAME else ""
+            option += f" --name {shlex.quote(name)}" if name != NAME else ""
             return f"there is one in {spec.folder.parent}: grd kernelspec remove {option}"
     return "see: grd kernelspec list"
 

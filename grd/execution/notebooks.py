@@ -78,6 +78,8 @@ def parse_notebook(text: str, location: str) -> Any:
         raw = json.loads(text)
     except ValueError as error:
         raise NotebookError(f"{location} is no notebook: {error}") from None
+    except RecursionError:
+        raise NotebookError(f"{location} is no notebook: its JSON is nested too deeply") from None
     if not isinstance(raw, dict) or not ("cells" in raw or "worksheets" in raw) or "nbformat" not in raw:
         raise NotebookError(f"{location} is no notebook: it has no cells or no nbformat")
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -113,7 +114,7 @@ def _busy(output: Path, who: dict[str, Any] | None) -> NotebookBusy:
     if host != identity()["host"]:
         return NotebookBusy(
             f"{output} is being written by process {pid} on {host}; wait for its end, or if it is gone: "
-            f"grd recover {output} --force"
+            f"grd recover {shlex.quote(str(output))} --force"
         )
     return NotebookBusy(
         f"{output} is being written by process {pid}; wait for its end, or stop it: kill -TERM {pid}"

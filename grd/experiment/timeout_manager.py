@@ -9,20 +9,25 @@ from __future__ import annotations
 import asyncio
 import copy
 import datetime
+import inspect
 import math
+import numbers
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 from grd import contract
 from grd.errors import ApprovalDeclined
+from grd.experiment.one_question import OneQuestion
 from grd.settings import format_duration
 
-Approver = Callable[[float], "bool | tuple[bool, str]"]
-"""Answers for an estimate in minutes: yes or no, and optionally who said so."""
+Answer = bool | tuple[bool, str]
+Approver = Callable[[float], Answer | Awaitable[Answer]]
+"""Answers for an estimate in minutes: True or False, and optionally who said so. Whatever else it answers is
+a no. An ``async def`` one is for the async forms alone."""
 
 _QUESTION = "Approve long-running mode for this session? (yes/no): "
 
@@ -70,33 +75,31 @@ class ExperimentTimeoutManager:
     """Session-level agreement to experiments longer than ``long_running_threshold`` seconds.
 
     Nothing runs longer than ``default_timeout`` seconds unless it is approved, and after that the session as
-    a whole no longer than ``max_session_seconds``. ``approver`` decides; by default a person at a terminal
-    is asked, and a script without one grants itself. All clocks are monotonic.
+    a whole no longer than ``max_session_seconds``; an approval after that begins a new session. ``approver``
+    decides; by default a person at a terminal is asked, and a script without one grants itself. Threads and
+    tasks that ask at once are answered by one question. All clocks are monotonic.
+
+    Raises ValueError for a time that is no finite number, and for a default or a cap that is not above zero.
     """
 
     def __init__(
         self,
-        default_timeout: int = 600,
+        default_timeout: float = 600,
         *,
         long_running_threshold: float = 600,
         max_session_seconds: float = 14400,
         approver: Approver | None = None,
     ) -> None:
-        for name, value in (
-            ("default_timeout", default_timeout),
-            ("max_session_seconds", max_session_seconds),
-        ):
-            if not math.isfinite(value) or value <= 0:
-                raise ValueError(f"{name} must be seconds above zero, not {value!r}")
-        self.default_timeout = default_timeout
+        self.default_timeout = _checked(default_timeout, "default_timeout", zero=False)
         self.long_running_threshold = _checked(long_running_threshold, "long_running_threshold")
-        self.max_session_seconds = max_session_seconds
+        self.max_session_seconds = _checked(max_session_seconds, "max_session_seconds", zero=False)
         self.approver: Approver = default_approver if approver is None else approver
         self.session_timeout: int | None = None
         """Cap on one experiment after a decision: None before one and after a yes, seconds after a no."""
         self.approval_metadata: dict[str, Any] = {"approved": False, "history": []}
         self._approved = False
         self._approved_at = 0.0
+        self._question = OneQuestion()
 
     @property
     def long_running_approved(self) -> bool:
@@ -105,33 +108,54 @@ class ExperimentTimeoutManager:
 
     @long_running_approved.setter
     def long_running_approved(self, value: bool) -> None:
-        if value and not self._approved:
+        if value and not self.long_running_approved:
             self._approved_at = time.monotonic()
         self._approved = bool(value)
 
     def request_long_running_approval(self, estimated_minutes: float) -> bool:
         """Whether a run of ``estimated_minutes`` may go on beyond the default; asked once per session.
 
-        Raises ValueError for a negative or not finite estimate.
+        Raises ValueError for a negative or not finite estimate, and TypeError for an approver that must be
+        awaited.
         """
         minutes = _checked(estimated_minutes, "estimated_minutes")
-        if self.long_running_approved:
-            return True
-        print(
-            f"grd: estimated duration {format_duration(minutes * 60)}, beyond the default timeout of "
-            f"{format_duration(self.default_timeout)}",
-            file=sys.stderr,
-        )
-        answer = self.approver(minutes)
-        approved, who = answer if isinstance(answer, tuple) else (answer, "approver")
-        self._record(approved=bool(approved), estimated_minutes=minutes, granted_by=who, event="decision")
-        self.long_running_approved = bool(approved)
-        self.session_timeout = None if approved else int(self.default_timeout)
-        return bool(approved)
+        while not self.long_running_approved:
+            with self._question.join(blocks=True) as (question, asks):
+                if not asks:
+                    found = question.answer.result()
+                elif self.long_running_approved:
+                    found = True
+                else:
+                    self._announce(minutes)
+                    found = self._decide(minutes, _at_once(self.approver(minutes)))
+                if asks:
+                    question.answer.set_result(found)
+            if found is not None:
+                return found
+        return True
 
     async def arequest_long_running_approval(self, estimated_minutes: float) -> bool:
-        """`request_long_running_approval` that does not hold up the event loop while it waits."""
-        return await asyncio.to_thread(self.request_long_running_approval, estimated_minutes)
+        """`request_long_running_approval` that does not hold up the event loop while it waits.
+
+        The approver is called in a thread; what must be awaited of it is awaited here.
+        """
+        minutes = _checked(estimated_minutes, "estimated_minutes")
+        while not self.long_running_approved:
+            with self._question.join(blocks=False) as (question, asks):
+                if not asks:
+                    # Shielded: who gives up waiting takes the question from nobody else.
+                    found = await asyncio.shield(asyncio.wrap_future(question.answer))
+                elif self.long_running_approved:
+                    found = True
+                else:
+                    self._announce(minutes)
+                    answer = await asyncio.to_thread(self.approver, minutes)
+                    found = self._decide(minutes, await answer if inspect.isawaitable(answer) else answer)
+                if asks:
+                    question.answer.set_result(found)
+            if found is not None:
+                return found
+        return True
 
     def get_timeout(self, estimated_seconds: float) -> int | None:
         """Seconds for a run of this estimate: the default, or None (no timeout) for an approved long one.
@@ -141,7 +165,7 @@ class ExperimentTimeoutManager:
         seconds = _checked(estimated_seconds, "estimated_seconds")
         if seconds > self.long_running_threshold and self.long_running_approved:
             return None
-        return int(self.default_timeout)
+        return self._default_seconds()
 
     def effective_timeout(self, estimated_seconds: float) -> float:
         """Seconds a run of this estimate may really take: `get_timeout`, within what the session has left."""
@@ -171,6 +195,26 @@ class ExperimentTimeoutManager:
         by the runner's deadline, not here; ``budget.check()`` raises once the time is used up.
         """
         return _ExperimentContext(self, _checked(estimated_seconds, "estimated_seconds"))
+
+    def _default_seconds(self) -> int:
+        """The default in whole seconds, one at least: 0 would be no time at all."""
+        return max(1, int(self.default_timeout))
+
+    def _announce(self, minutes: float) -> None:
+        print(
+            f"grd: estimated duration {format_duration(minutes * 60)}, beyond the default timeout of "
+            f"{format_duration(self.default_timeout)}",
+            file=sys.stderr,
+        )
+
+    def _decide(self, minutes: float, answer: object) -> bool:
+        """Write an approver's answer down and act on it. Only True approves: a word, say, does not."""
+        said, who = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, "approver")
+        approved = said is True
+        self._record(approved=approved, estimated_minutes=minutes, granted_by=who, event="decision")
+        self.long_running_approved = approved
+        self.session_timeout = None if approved else self._default_seconds()
+        return approved
 
     def _record(self, **facts: Any) -> None:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -214,12 +258,28 @@ class _ExperimentContext:
         return None
 
 
-def _checked(value: float, name: str) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not math.isfinite(value)
-        or value < 0
-    ):
-        raise ValueError(f"{name} must be a finite number from 0 on, not {value!r}")
-    return float(value)
+def _at_once(answer: Answer | Awaitable[Answer]) -> Answer:
+    """``answer``, which must be there already. Raises TypeError for one that would have to be awaited."""
+    if not inspect.isawaitable(answer):
+        return answer
+    if inspect.iscoroutine(answer):
+        answer.close()  # else Python complains that nobody has awaited it
+    raise TypeError(
+        "the approver is async: use `await manager.arequest_long_running_approval(...)` or "
+        "`async with manager.experiment_context(...)`"
+    )
+
+
+def _checked(value: float, name: str, *, zero: bool = True) -> float:
+    """``value`` as a finite number from 0 on, or above ``zero``. Raises ValueError."""
+    try:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise ValueError
+        seconds = float(value)
+        if not math.isfinite(seconds) or seconds < 0 or (seconds == 0 and not zero):
+            raise ValueError
+    except (ValueError, OverflowError):
+        least = "from 0 on" if zero else "above zero"
+        shown = repr(value) if not isinstance(value, int) or abs(value) < 10**20 else "one beyond every float"
+        raise ValueError(f"{name} must be a finite number {least}, not {shown}") from None
+    return int(value) if isinstance(value, numbers.Integral) else seconds

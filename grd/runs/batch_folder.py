@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Final
 
 from grd.errors import NotFoundError
 from grd.files import is_locked
+from grd.runs.folder import is_there, names_in
 
 BATCHES: Final = "batches"
 """The folder of the batches, among those of the runs. No run: it has no run.json."""
@@ -81,13 +81,9 @@ class BatchFolder:
 def batch_folders(runs_dir: Path) -> Iterator[BatchFolder]:
     """The batches among the runs in ``runs_dir``, newest first."""
     place = runs_dir / BATCHES
-    try:
-        names = sorted((entry.name for entry in os.scandir(place) if entry.is_dir()), reverse=True)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    for name in names:
+    for name in sorted(names_in(place), reverse=True):
         folder = BatchFolder(place / name)
-        if not name.startswith(".") and folder.record.exists():
+        if is_there(folder.record):
             yield folder
 
 
@@ -96,7 +92,7 @@ def find_batch(runs_dir: Path, name: str) -> BatchFolder:
 
     Raises NotFoundError with what to type next.
     """
-    if "/" in name and BatchFolder(Path(name).resolve()).record.exists():
+    if "/" in name and is_there(BatchFolder(Path(name).resolve()).record):
         return BatchFolder(Path(name).resolve())
     found = list(batch_folders(runs_dir))
     if name == "last":

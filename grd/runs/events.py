@@ -18,7 +18,7 @@ from typing import Any
 from grd import contract
 from grd.files import JsonLines, atomic_write, read_json, read_json_lines
 from grd.runs.folder import RunFolder
-from grd.runs.pace import Pace
+from grd.runs.pace import Pace, number_of
 
 PACES_KEPT = 8
 """Loops whose pace is known at a time; a notebook may have many, one after another."""
@@ -111,7 +111,7 @@ class LiveView:
             self._inside = event.get("step") is not None
 
     def _take_progress(self, event: dict[str, Any]) -> None:
-        name, n, total = str(event.get("name")), event.get("n"), event.get("total")
+        name, n, total = str(event.get("name")), event.get("n"), number_of(event.get("total"))
         previous = self.progress
         if previous and name != previous["name"] and event.get("within") == previous["name"]:
             return  # steps inside an epoch do not hide the epochs
@@ -127,7 +127,7 @@ class LiveView:
             for oldest in list(self.paces)[:-PACES_KEPT]:
                 del self.paces[oldest]
         per_second = pace.per_second()
-        left = pace.remaining(total) if isinstance(total, int | float) else None
+        left = None if total is None else pace.remaining(total)
         now = float(event["t"]) if isinstance(event.get("t"), int | float) else 0.0
         self.progress = {
             "name": name,
@@ -144,7 +144,7 @@ class LiveView:
 
     def _rate(self, name: str, what: str, count: Any, now: float) -> float | None:
         """Of what a training has counted since the attempt began, whatever else it did meanwhile."""
-        if not isinstance(count, int):
+        if not isinstance(count, int) or number_of(count) is None:
             return None
         first = self._counted.setdefault(name, {"t": now})
         done, seconds = count - first.setdefault(what, count), now - first["t"]

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from grd import contract
-from grd.errors import RunNotFound
+from grd.errors import ResourceUnavailable, RunNotFound
 
 _SLUG_LENGTH = 40
 _RUN_ID = re.compile(r"\d{8}-\d{6}-[a-z0-9-]+-[0-9a-f]{4}")
@@ -197,15 +197,39 @@ def staging_of(run: Path) -> Path:
 
 
 def run_folders(runs_dir: Path) -> Iterator[RunFolder]:
-    """The runs in ``runs_dir``, newest first; folders without a record are no runs."""
-    try:
-        names = sorted((entry.name for entry in os.scandir(runs_dir) if entry.is_dir()), reverse=True)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    for name in names:
+    """The runs in ``runs_dir``, newest first; folders without a record are no runs.
+
+    Raises ResourceUnavailable where ``runs_dir`` cannot be read.
+    """
+    for name in sorted(names_in(runs_dir), reverse=True):
         folder = RunFolder(runs_dir / name)
-        if not name.startswith(".") and folder.record.exists():
+        if is_there(folder.record):
             yield folder
+
+
+def names_in(place: Path) -> list[str]:
+    """What lies in ``place`` and is not hidden, in no order; nothing where there is no such folder.
+
+    Raises ResourceUnavailable where it cannot be read.
+    """
+    try:
+        return [entry.name for entry in os.scandir(place) if not entry.name.startswith(".")]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise ResourceUnavailable(
+            f"{place} cannot be read: {error.strerror or error}; make it readable, or name another folder: "
+            "--runs-dir DIR"
+        ) from None
+
+
+def is_there(path: Path) -> bool:
+    """Whether ``path`` can be seen; what cannot be looked at is nothing of ours."""
+    try:
+        path.stat()
+    except (OSError, ValueError):  # Path.exists() lets some of these out
+        return False
+    return True
 
 
 def find_run(runs_dir: Path, name: str) -> RunFolder:
@@ -214,10 +238,10 @@ def find_run(runs_dir: Path, name: str) -> RunFolder:
     Raises RunNotFound with what to type next.
     """
     as_path = Path(name)
-    if ("/" in name or name in (".", "..")) and RunFolder(as_path.resolve()).record.exists():
+    if ("/" in name or name in (".", "..")) and is_there(RunFolder(as_path.resolve()).record):
         return RunFolder(as_path.resolve())
     exact = RunFolder(runs_dir / name)
-    if name and "/" not in name and exact.record.exists():
+    if name and "/" not in name and is_there(exact.record):
         return exact
     if name == "last":
         for folder in run_folders(runs_dir):

@@ -15,7 +15,7 @@ from pathlib import Path
 from grd import contract
 from grd.errors import ConfigurationError, RunNotFound
 from grd.runs import recovery, store
-from grd.runs.folder import RunFolder
+from grd.runs.folder import RunFolder, names_in
 from grd.runs.index import Row, RunIndex, Stamp
 from grd.runs.model import RunRecord
 
@@ -86,11 +86,11 @@ def records(entries: list[Listed]) -> Iterator[tuple[RunFolder, RunRecord]]:
 
 def _stamps(runs_dir: Path) -> dict[str, Stamp]:
     stamps: dict[str, Stamp] = {}
+    names = names_in(runs_dir)
     try:
-        names = [entry.name for entry in os.scandir(runs_dir) if not entry.name.startswith(".")]
         place = os.open(runs_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
-        return stamps
+    except OSError:
+        return stamps  # there is none, or it went meanwhile
     try:
         for name in names:
             try:  # as suppress() would, ten thousand times

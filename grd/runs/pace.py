@@ -147,6 +147,16 @@ class Pace:
         return cls(**{**value, **moments, "moments": [Moment(*moment) for moment in value["moments"]]})
 
 
+def number_of(value: Any) -> int | float | None:
+    """``value`` if it is a finite number that can be computed with: whole ones may be beyond every float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
 def _time_of(event: dict[str, Any]) -> float:
     t = event.get("t")
     return float(t) if isinstance(t, (int, float)) else 0.0
@@ -154,8 +164,8 @@ def _time_of(event: dict[str, Any]) -> float:
 
 def _position(event: dict[str, Any]) -> tuple[int, float] | None:
     """The unit under way and the share of it that is done; None if ``n`` is no number."""
-    n, step, steps = event.get("n"), event.get("step"), event.get("steps")
-    if isinstance(n, bool) or not isinstance(n, (int, float)) or not math.isfinite(n):
+    n, step, steps = number_of(event.get("n")), event.get("step"), event.get("steps")
+    if n is None:
         return None
     if isinstance(step, int) and isinstance(steps, int) and 0 < step <= steps:
         # ``n`` is rounded, and after the last step it is already that of the next unit.

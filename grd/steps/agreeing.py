@@ -19,7 +19,7 @@ from grd.agreement.person import identity, who_can_answer
 from grd.errors import ApprovalRequired, GrdError, UsageError
 from grd.estimation.estimate import Estimate
 from grd.runs.folder import RunFolder
-from grd.settings import Settings, format_duration, parse_duration
+from grd.settings import LONGEST_DURATION_SECONDS, Settings, format_duration, parse_duration
 
 SESSION_SECONDS = 4 * 3600.0
 """What "the session" is when it is approved: this project, so long in all, and not beyond."""
@@ -44,7 +44,7 @@ class Question:
     @property
     def proposed(self) -> float:
         """What a yes agrees to: the upper bound, in whole minutes."""
-        return max(60.0, -(-self.high // 60) * 60)
+        return whole_minutes(self.high)
 
 
 Asker = Callable[[Question], str]
@@ -131,7 +131,8 @@ def agree(
     )
     decided = decision.decide(facts)
     if decided.action == decision.REFUSE:
-        raise ApprovalRequired(f"{decided.why}; {_how_to_grant(book, wanted)}")
+        helps = _how_to_have_time(facts) if in_job else _how_to_grant(book, wanted)
+        raise ApprovalRequired(f"{decided.why}; {helps}")
     if decided.action == decision.ASK:
         return _ask(book, wanted, facts, decided, asker, who)
     if decided.agreed == decision.TYPED and wanted.typed_now:
@@ -237,14 +238,35 @@ def _note(
         return
 
 
+def whole_minutes(seconds: float) -> float:
+    """``seconds`` rounded up to whole minutes, within what a person can type."""
+    return min(LONGEST_DURATION_SECONDS, max(60.0, -(-seconds // 60) * 60))
+
+
 def _how_to_grant(book: Book, wanted: Wanted) -> str:
-    """The command that a person types."""
+    """The command that a person types.
+
+    A grant's cap on a run is for all its attempts: what earlier ones have used is added to a ``timeout``.
+    """
     problem = book.ledger()[1]
     if problem is not None:
         return f"no grant counts, for {problem}; a person types: grd approvals --verify"
-    seconds = max(wanted.timeout or 0.0, wanted.budget or 0.0)
+    if wanted.budget is not None and wanted.budget <= wanted.used:
+        return f"its attempts have used {format_duration(wanted.used)} already: give a longer --budget"
+    seconds = wanted.budget or 0.0
+    if wanted.timeout is not None:
+        rest = wanted.timeout if wanted.budget is None else min(wanted.timeout, wanted.budget - wanted.used)
+        seconds = max(seconds, wanted.timeout, wanted.used + rest)
     caps = f"--max {_typed(seconds)} --total {_typed(max(seconds, SESSION_SECONDS))}"
     return f"a person types, in {wanted.place.project}: grd approve {caps}"
+
+
+def _how_to_have_time(facts: Facts) -> str:
+    """What helps in a scheduler's job that ends too soon: no grant makes it longer."""
+    room = 0.0 if facts.allocation is None else facts.allocation - decision.ALLOCATION_SLACK_SECONDS
+    needed = facts.grace + decision.ALLOCATION_SLACK_SECONDS
+    shorter = f", or give a --grace below {int(room)}s" if room >= 2 else ""
+    return f"no grant helps there: ask the scheduler for more than {format_duration(needed)}{shorter}"
 
 
 def cap_of(agreed: Agreed, folder: RunFolder, attempt: int, used: float) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -371,7 +372,9 @@ def _check_resumable(record: RunRecord, changes: Mapping[str, Any], cap: dict[st
 
 
 def _more(record: RunRecord) -> str:
-    return f"{max(1, round(float(record.budget['seconds']) * 2 / 3600))}h"
+    """Twice as much as was agreed to, and more than was used."""
+    hours = 2 * max(float(record.budget["seconds"]), float(record.budget.get("used_seconds") or 0.0)) / 3600
+    return f"{max(1, round(hours))}h"
 
 
 def _point_out_changed_original(record: RunRecord, edited: bool, on_note: OnNote | None) -> None:
@@ -379,8 +382,9 @@ def _point_out_changed_original(record: RunRecord, edited: bool, on_note: OnNote
         return
     with contextlib.suppress(NotFoundError, NotebookError):
         if read_notebook(record.notebook).sha256 != record.notebook_sha256:
+            changed = shlex.quote(record.notebook)
             tell(
                 on_note,
                 f"{record.notebook} has changed since; resuming the run's own copy. "
-                f"To use the changed one: grd resume {record.run_id} --notebook {record.notebook}",
+                f"To use the changed one: grd resume {record.run_id} --notebook {changed}",
             )

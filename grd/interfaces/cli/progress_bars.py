@@ -20,6 +20,7 @@ from rich.text import Text
 from grd import contract
 from grd.interfaces.cli.rendering import line_of, metrics_text, progress_text, state_text
 from grd.runs.events import LiveView
+from grd.runs.pace import number_of
 
 
 class _Field(ProgressColumn):
@@ -86,11 +87,11 @@ class ProgressBars:
             self._progress.stop_task(task)
 
     def _show_inner(self, run_id: str, event: dict[str, Any]) -> None:
-        name, n, total = str(event.get("name")), event.get("n"), event.get("total")
+        name, n, total = str(event.get("name")), number_of(event.get("n")), number_of(event.get("total"))
         known = self._inner.get(run_id)
-        if event.get("within") is None or not isinstance(n, (int, float)):
+        if event.get("within") is None or n is None:
             return
-        ended = isinstance(total, (int, float)) and n >= total
+        ended = total is not None and n >= total
         if known is not None and (known[0] != name or ended):
             self._remove_inner(run_id)
             known = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from pathlib import Path
 
 import click
@@ -41,7 +42,9 @@ def install(skills: Path | None, replace: bool, as_json: bool) -> Answer:
         there = path.read_bytes() if path.exists() else None
         edited = there is not None and there != wanted and not is_ours(there)
         if edited and not replace:
-            again = "grd skill install --replace" + ("" if skills is None else f" --to {skills}")
+            again = "grd skill install --replace" + (
+                "" if skills is None else f" --to {shlex.quote(str(skills))}"
+            )
             raise UsageError(f"{path} was edited by somebody; to lose that: {again}")
         if there != wanted:
             path.parent.mkdir(parents=True, exist_ok=True)

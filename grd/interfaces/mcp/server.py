@@ -16,6 +16,7 @@ from mcp_types import ToolAnnotations
 import grd
 from grd import contract
 from grd.interfaces.mcp import tools
+from grd.interfaces.mcp.arguments import strict
 
 INSTRUCTIONS = """\
 grd runs Jupyter notebooks as ML experiments that survive: a run goes on when this conversation or this server
@@ -34,17 +35,25 @@ _STOPS = ToolAnnotations(
 
 def build() -> Any:
     """The server with its tools and its resource, for the project of the working folder."""
-    server = MCPServer("grd", version=grd.__version__, instructions=INSTRUCTIONS, log_level="WARNING")
-    for tool, kind in (
-        (tools.run_start, _STARTS),
-        (tools.run_status, _LOOKS),
-        (tools.run_wait, _LOOKS),
-        (tools.run_logs, _LOOKS),
-        (tools.run_stop, _STOPS),
-        (tools.run_resume, _STARTS),
-        (tools.run_result, _LOOKS),
-    ):
-        server.add_tool(tool, description=inspect.getdoc(tool), annotations=kind)
+    offered = [
+        strict(tool, description=inspect.getdoc(tool), annotations=kind)
+        for tool, kind in (
+            (tools.run_start, _STARTS),
+            (tools.run_status, _LOOKS),
+            (tools.run_wait, _LOOKS),
+            (tools.run_logs, _LOOKS),
+            (tools.run_stop, _STOPS),
+            (tools.run_resume, _STARTS),
+            (tools.run_result, _LOOKS),
+        )
+    ]
+    server = MCPServer(
+        "grd",
+        version=grd.__version__,
+        instructions=INSTRUCTIONS,
+        tools=offered,
+        log_level="WARNING",
+    )
     server.resource("grd://runs/{run_id}/record", name="record", mime_type="application/json")(tools.record)
     return server
 
