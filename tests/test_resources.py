@@ -466,8 +466,46 @@ def test_what_a_cgroup_tells_and_does_not_tell(
     group.mkdir()
     for name, text in files.items():
         (group / name).write_text(text + "\n")
-    found = cgroup_use.look("/group", tmp_path)
+    found = cgroup_use.look(cgroup_use.Group("/group", ("/group",)), tmp_path)
     assert (found.memory_bytes, found.peak_bytes, found.throttled_seconds) == expected
+
+
+@pytest.mark.parametrize(
+    ("mounts", "group", "files", "expected"),
+    [
+        pytest.param(
+            "30 24 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n", "0::/pod/c\n",
+            {"pod/cpu.stat": "throttled_usec 5000000", "pod/c/cpu.stat": "throttled_usec 250000",
+             "pod/c/memory.current": "5", "cpu.stat": "usage_usec 9"},
+            ("/sys/fs/cgroup/pod/c", 5, 5.25), id="v2, the quota of the pod",
+        ),
+        pytest.param(
+            "31 24 0:27 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
+            "32 24 0:28 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n",
+            "5:memory:/j\n4:cpu,cpuacct:/k/l\n",
+            {"memory/j/memory.usage_in_bytes": "5", "cpu,cpuacct/k/cpu.stat": "throttled_time 3000000000",
+             "cpu,cpuacct/k/l/cpu.stat": "nr_throttled 3\nthrottled_time 0"},
+            ("/sys/fs/cgroup/memory/j", 5, 3.0), id="v1",
+        ),
+        pytest.param(
+            "32 24 0:28 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n", "4:cpu:/k\n",
+            {"cpu/k/cpu.stat": "throttled_time 1000000000"}, (None, None, 1.0), id="v1, none for memory",
+        ),
+    ],
+)  # fmt: skip
+def test_a_process_is_held_back_by_any_level_of_its_cgroup(
+    tmp_path: Path, mounts: str, group: str, files: dict[str, str], expected: tuple[Any, ...]
+) -> None:
+    texts = {"proc/self/mountinfo": mounts, "proc/7/cgroup": group}
+    texts |= {f"sys/fs/cgroup/{name}": text + "\n" for name, text in files.items()}
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    place = cgroup_use.find(7, tmp_path)
+    assert place is not None
+    found = cgroup_use.look(place, tmp_path)
+    assert (found.folder, found.memory_bytes, found.throttled_seconds) == expected
+    assert cgroup_use.find(8, tmp_path) is None
 
 
 def test_rates_stand_beside_what_a_gpu_did_and_the_difference_is_said(project: Project) -> None:

@@ -55,7 +55,7 @@ class ResourceSampler:
         self._lock = threading.Lock()
         self._root: int | None = None
         self._last_look = TreeLook()
-        self._cgroup: str | None = None
+        self._cgroup: cgroup_use.Group | None = None
         self._throttled_before: float | None = None
         self._cgroup_now: cgroup_use.CgroupUse | None = None
         self._began = time.monotonic()
