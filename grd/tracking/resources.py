@@ -54,15 +54,19 @@ class ResourceUsage:
 
 def _gpu_memory(pids: tuple[int, ...], gpu_index: int | None) -> tuple[float | None, bool]:
     monitor = get_gpu_monitor(mock_mode=False)
-    found: list[int] = []
+    # A card lists the processes of its MIG instances too: what is told by both counts once.
+    cards: dict[int, int] = {}
+    instances: dict[int, int] = {}
     for row in monitor.get_gpu_stats():
         if gpu_index is not None and row.gpu_id != gpu_index:
             continue
+        found = instances if row.instance else cards
         for process in row.processes or []:
             if process["pid"] in pids and process["memory_mb"] is not None:
-                found.append(process["memory_mb"])
+                found[row.gpu_id] = found.get(row.gpu_id, 0) + process["memory_mb"]
+    used = [max(cards.get(gpu, 0), instances.get(gpu, 0)) for gpu in cards | instances]
     # Not listed is not 0: in a container the driver lists the host's pids.
-    return (float(sum(found)) if found else None), monitor.device_count > 0
+    return (float(sum(used)) if used else None), monitor.device_count > 0
 
 
 def _pid_of(process: Any) -> int:
