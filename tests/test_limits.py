@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,49 @@ def test_a_group_outside_the_visible_tree_falls_back_to_the_mount_itself(tmp_pat
     assert tightest_memory(limits_of(root)) == 2 * GIB
 
 
+BIND = "40 25 0:29 {root} /var/lib/box rw - cgroup2 cgroup rw"
+
+
+@pytest.mark.parametrize("shown", ["/a", "/a/b"])
+@pytest.mark.parametrize("last", [True, False])
+def test_of_two_mounts_of_a_hierarchy_the_one_that_shows_more_levels_counts(
+    tmp_path: Path, shown: str, last: bool
+) -> None:
+    bind = BIND.format(root=shown)
+    root = machine(
+        tmp_path,
+        mounts=[V2_MOUNT, bind] if last else [bind, V2_MOUNT],
+        groups=["0::/a/b"],
+        files={"a/memory.max": str(4 * GIB), "a/cpu.max": "200000 100000", "a/b/memory.max": "max"},
+    )
+    limits = limits_of(root)
+    assert tightest_memory(limits) == 4 * GIB
+    assert limits.usable_cores(64)[0] == 2
+
+
+@pytest.mark.parametrize("name", ["a..b", "..a", "a\x0bb", "a\u2028b", "a\rb", "a b:c"])
+def test_a_cgroup_may_have_any_name(tmp_path: Path, name: str) -> None:
+    other = "29 24 0:26 / /mnt/x\x0by rw - ext4 /dev/sda rw"
+    root = machine(
+        tmp_path,
+        mounts=[other, V2_MOUNT],
+        groups=[],
+        files={f"{name}/c/memory.max": str(GIB), "memory.max": "max"},
+    )
+    (root / "proc/self/cgroup").write_bytes(f"0::/{name}/c\n".encode())
+    assert tightest_memory(limits_of(root)) == GIB
+
+
+def test_where_a_nested_namespace_names_both_from_outside_the_way_between_them_counts(tmp_path: Path) -> None:
+    root = machine(
+        tmp_path,
+        mounts=[V2_MOUNT.replace("0:29 / ", "0:29 /../.. ")],
+        groups=["0::/../../x"],
+        files={"memory.max": str(2 * GIB), "x/memory.max": str(GIB)},
+    )
+    assert tightest_memory(limits_of(root)) == GIB
+
+
 def test_rootless_podman_finds_the_limit_of_the_users_own_slice(tmp_path: Path) -> None:
     scope = "user.slice/user-1000.slice/user@1000.service/user.slice/libpod-9.scope"
     root = machine(
@@ -217,13 +261,16 @@ def test_without_proc_nothing_is_claimed_and_the_gap_is_named(tmp_path: Path) ->
     assert limits.usable_cores(None) == (None, None)
 
 
-@pytest.mark.parametrize("garbage", ["", "-5", "lots", "12 monkeys", "\x00"])
+NONSENSE = ["", "-5", "lots", "12 monkeys", "\x00", "9" * 5000, "9" * 400 + " 1", "\u0664"]
+
+
+@pytest.mark.parametrize("garbage", NONSENSE)
 def test_nonsense_in_cgroup_files_is_no_limit(tmp_path: Path, garbage: str) -> None:
     root = machine(
         tmp_path,
         mounts=[V2_MOUNT, "torn line", "1 2 3 - "],
         groups=["0::/a", "nonsense"],
-        files={"a/cpu.max": garbage, "a/memory.max": garbage if garbage != "-5" else "x"},
+        files={"a/cpu.max": garbage, "a/memory.max": garbage, "memory.max": garbage},
     )
     limits = limits_of(root)
     assert (limits.memory, limits.cores) == ((), ())
@@ -241,9 +288,29 @@ def test_slurm_memory_per_cpu_is_multiplied_by_the_cpus_of_the_node(tmp_path: Pa
     assert tightest_memory(limits) == 8 * 512 * MIB
 
 
-@pytest.mark.parametrize("value", ["0", "", "all", "-1", "4G"])
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"SLURM_MEM_PER_CPU": "512"}, "SLURM_MEM_PER_CPU (no SLURM_CPUS_ON_NODE to multiply it by)"),
+        ({"SLURM_MEM_PER_GPU": "512"}, "SLURM_MEM_PER_GPU (no SLURM_GPUS_ON_NODE to multiply it by)"),
+    ],
+)
+def test_slurm_memory_that_cannot_be_worked_out_is_said(
+    tmp_path: Path, given: dict[str, str], reason: str
+) -> None:
+    root = machine(tmp_path, mounts=[], groups=[], files={})
+    limits = read_limits(root=root, environment=given)
+    assert (limits.memory, limits.unreadable) == ((), (reason,))
+
+
+def test_slurm_memory_per_gpu_is_multiplied_by_the_gpus_of_the_node(tmp_path: Path) -> None:
+    given = {"SLURM_MEM_PER_GPU": "512", "SLURM_GPUS_ON_NODE": "3", "SLURM_CPUS_ON_NODE": "8"}
+    assert tightest_memory(read_limits(root=tmp_path, environment=given)) == 3 * 512 * MIB
+
+
+@pytest.mark.parametrize("value", ["0", "", "all", "-1", "4G", "9" * 5000])
 def test_slurm_values_that_are_no_counts_bound_nothing(tmp_path: Path, value: str) -> None:
-    slurm = {"SLURM_CPUS_PER_TASK": value, "SLURM_MEM_PER_NODE": value}
+    slurm = {"SLURM_CPUS_PER_TASK": value, "SLURM_MEM_PER_NODE": value, "SLURM_MEM_PER_CPU": value}
     limits = read_limits(root=tmp_path, environment=slurm)
     assert (limits.memory, limits.cores) == ((), ())
 
@@ -253,6 +320,15 @@ def test_affinity_and_address_space_bound_too(tmp_path: Path) -> None:
     assert limits.usable_cores(64) == (1, "affinity")
     assert limits.memory_limit(64 * GIB) == limits.memory[0]
     assert limits.memory[0].source == "RLIMIT_AS"
+
+
+def test_what_a_process_has_of_its_address_space_is_used_already(tmp_path: Path) -> None:
+    root = machine(tmp_path, mounts=[], groups=[], files={})
+    pages = GIB // os.sysconf("SC_PAGE_SIZE")
+    (root / "proc/self/statm").write_text(f"{pages} 300 200 1 0 90 0\n")
+    limits = limits_of(root, address_space=4 * GIB)
+    assert limits.memory[0].used == GIB
+    assert limits.memory_available(64 * GIB) == 3 * GIB
 
 
 def test_a_quota_below_one_core_still_leaves_one(tmp_path: Path) -> None:
@@ -283,8 +359,6 @@ def test_available_memory_is_the_smallest_room_under_any_limit(tmp_path: Path) -
 
 
 def test_this_process_is_told_its_own_affinity() -> None:
-    import os
-
     if not hasattr(os, "sched_getaffinity"):
         pytest.skip("this platform has no affinity")
     cores, _ = current_limits().usable_cores(os.cpu_count())

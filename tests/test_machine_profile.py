@@ -355,6 +355,16 @@ def test_the_fingerprint_stays_with_the_machine_and_changes_with_it(profile_of: 
     assert fingerprint(profile_of(H200, version="550.99")) == first["fingerprint"]
 
 
+def test_limits_that_cannot_be_found_do_not_cost_the_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Path) -> Limits:
+        raise OverflowError("too large")
+
+    monkeypatch.setattr("grd.hardware.profile.current_limits", fail)
+    profile = capture_hardware_profile()
+    assert profile["memory"]["total_gb"] > 0 and profile["memory"]["limit_gb"] is None
+    assert "OverflowError" in profile["reasons"]["memory.limit_gb"]
+
+
 # --- the report
 
 

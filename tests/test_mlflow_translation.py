@@ -127,6 +127,28 @@ def test_gpus_have_mlflows_names_by_index_and_the_runs_own_memory_by_uuid() -> N
     assert known["system/process/gpu_8a7b6c5d_memory_megabytes"] == pytest.approx(524.288)
 
 
+@pytest.mark.parametrize(
+    ("uuids", "names"),
+    [
+        (("MIG-1a2b3c4d-0001", "MIG-2b3c4d5e-0002"), ("1a2b3c4d", "2b3c4d5e")),
+        (("MIG-GPU-8a7b6c5d-0000/1/0", "MIG-GPU-8a7b6c5d-0000/2/0"), ("8a7b6c5d_1_0", "8a7b6c5d_2_0")),
+    ],
+)
+def test_mig_instances_stand_beside_their_card_and_not_in_its_place(
+    uuids: tuple[str, str], names: tuple[str, str]
+) -> None:
+    known = {"utilization_percent": None, "memory_total_mb": 1000, "power_usage_w": None}
+    rows = [
+        {**known, "uuid": uuid, "index": 0, "memory_used_mb": used, "process_memory_mb": used}
+        for uuid, used in zip(("GPU-8a7b6c5d-0000", *uuids), (900, 600, 300), strict=True)
+    ]
+    found = translation.system_metrics([sample(1.0, gpu_now=rows)], None, None)
+    assert found["system/gpu_0_memory_usage_percentage"] == 90.0
+    assert [found[f"system/gpu_0_mig_{name}_memory_usage_percentage"] for name in names] == [60.0, 30.0]
+    own = [found[f"system/process/gpu_{name}_memory_megabytes"] for name in ("8a7b6c5d", *names)]
+    assert own == pytest.approx([943.7184, 629.1456, 314.5728])
+
+
 def test_a_containers_limit_is_told_and_an_address_space_limit_is_none_of_it() -> None:
     used = sample(1.0, cgroup_memory_bytes=500_000_000, cgroup_oom_kills=2, throttled_seconds=1.5)
     memory = {"limit_gb": 1.0, "limit_source": "cgroup /sys/fs/cgroup/memory.max"}

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from nvml_replay import H200, Machine, process
+from nvml_replay import A100_SPLIT, H200, Device, Machine, process
 
 import grd
 from grd.tracking.resources import (
@@ -279,6 +282,29 @@ def test_what_another_process_used_before_is_not_counted() -> None:
     assert tracker.get_usage().peak_memory_mb < 100
 
 
+def test_a_tracker_that_cannot_begin_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        zombie = ResourceTracker(child)
+        with pytest.raises(ProcessLookupError, match="memory it had is not known"):
+            zombie.__enter__()
+    gone = ResourceTracker(child)
+    with pytest.raises(ProcessLookupError):
+        gone.__enter__()
+
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    own = ResourceTracker()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(threading.Thread, "start", fail)
+        own.__enter__()
+    left = [weakref.ref(zombie), weakref.ref(gone), weakref.ref(own)]
+    del zombie, gone, own
+    gc.collect()
+    assert [each() for each in left] == [None, None, None]
+
+
 def test_without_a_gpu_its_memory_is_unknown_and_not_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("grd.hardware.monitor._monitors", {})
     monkeypatch.setitem(sys.modules, "pynvml", None)
@@ -300,3 +326,19 @@ def test_gpu_memory_is_this_processs_own_and_a_miss_is_unknown(
         pass
     usage = tracker.get_usage()
     assert (usage.gpu_vram_used_mb, usage.gpu_available) == (expected, True)
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["both tell", "the instances do not"])
+def test_a_process_on_mig_instances_holds_what_it_holds_once(
+    monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    """Replayed: there was no GPU. The card lists what its instances list."""
+    monkeypatch.setattr("grd.hardware.monitor._monitors", {})
+    own = [process(os.getpid(), 300), process(os.getpid(), 700)]
+    parts = [
+        part.but(GetComputeRunningProcesses=[each] if told else [])
+        for part, each in zip(A100_SPLIT.instances, own, strict=True)
+    ]
+    card = Device({**A100_SPLIT.answers, "GetComputeRunningProcesses": own}, parts)
+    monkeypatch.setitem(sys.modules, "pynvml", Machine([card]).module())
+    assert capture_resource_snapshot().gpu_vram_mb == 1000.0

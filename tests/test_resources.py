@@ -19,7 +19,7 @@ from grd.interfaces.cli.rendering import resources_text
 from grd.runs import resource_samples
 from grd.tracking import cgroup_use, gpu_use, sampler
 from grd.tracking.gpu_use import GpuUse
-from grd.tracking.peaks import ONE_PROCESS, TREE, Accumulator
+from grd.tracking.peaks import AT_LEAST, ONE_PROCESS, TREE, TREE_AND_SPIKE, Accumulator
 from grd.tracking.tree_walk import ProcessUse, TreeLook
 
 MB = 1_000_000
@@ -79,9 +79,45 @@ tell(shared_out(os.getpid(), *pids))
 for pid in pids:
     os.waitpid(pid, 0)
 """
+IDLE_CHILD = """
+code = "b = bytearray(200_000_000); b[::4096] = b'x' * len(b[::4096]); print(1, flush=True); input()"
+child = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+child.stdout.readline()
+before = shared_out(os.getpid(), child.pid)
+time.sleep(1)
+block = memory(500); tell(before + 500_000_000); time.sleep(0.05); del block
+time.sleep(1)
+child.communicate(b'\\n')
+"""
+SPIKE_OF_A_CHILD = """
+block = memory(300)
+code = (
+    "import time; b = bytearray(400_000_000); b[::4096] = b'x' * len(b[::4096]); time.sleep(0.03); del b; "
+    "print(1, flush=True); input()"
+)
+child = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+child.stdout.readline()
+tell(shared_out(os.getpid(), child.pid) + 400_000_000)
+time.sleep(1)
+child.communicate(b'\\n')
+"""
+A_FORK_THAT_DROPS_IT = """
+block = memory(500)
+time.sleep(1)
+pid = os.fork()
+if pid == 0:
+    del block
+    time.sleep(1.5)
+    os._exit(0)
+time.sleep(0.7)
+tell(shared_out(os.getpid(), pid))
+os.waitpid(pid, 0)
+"""
 TASKS = {
     "holds 2 s": HOLDS, "spike of 50 ms": SPIKE, "in a child": CHILD,
     "after a bigger one": AFTER_A_BIGGER_ONE, "four forks": FORKS,
+    "spike beside an idle child": IDLE_CHILD, "spike of a child": SPIKE_OF_A_CHILD,
+    "a fork that drops it": A_FORK_THAT_DROPS_IT,
 }  # fmt: skip
 
 
@@ -107,8 +143,10 @@ def test_the_peak_is_the_true_one(task: str, project: Project) -> None:
     assert done.code == 0, done.err
     found, wanted = used(done.json), truth(project, "last")
     assert is_true(found["peak_memory_bytes"], wanted), (found, wanted)
-    if task != "four forks":  # whichever is more: pages of libraries are other processes' too
-        assert found["peak_source"] == (TREE if task == "in a child" else ONE_PROCESS)
+    if "fork" not in task:  # whichever is more: pages of libraries are other processes' too
+        # a busy machine may draw out a spike until it is sampled
+        of_several = (TREE,) if task == "in a child" else (TREE, TREE_AND_SPIKE)
+        assert found["peak_source"] in (of_several if "child" in task else (ONE_PROCESS,))
     shown = project.grd("status", "last").out
     assert "peak memory" in shown and "cores on average" in shown
 
@@ -165,6 +203,39 @@ def test_processor_time_is_that_of_all_also_of_those_that_have_ended(project: Pr
     assert found["written_bytes"] is None or found["written_bytes"] >= 20_000_000
     assert found["most_processes"] >= 2
     assert 0 < found["mean_cores"] < os.cpu_count()  # type: ignore[operator]
+
+
+UNWAITED = """
+import os, signal, time
+
+def burn(seconds):
+    give_up = time.process_time() + seconds
+    while time.process_time() < give_up:
+        pass
+
+def child():
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        burn(1.5)
+        os._exit(0)
+    os.close(writer)
+    os.read(reader, 1)  # it has ended
+
+child()
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+child()
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+burn(2.0)
+"""
+
+
+def test_processor_time_of_children_that_nobody_waits_for_is_not_lost(project: Project) -> None:
+    project.notebook("run.ipynb", UNWAITED)
+    done = project.grd("research", "run.ipynb", "--json")
+    assert done.code == 0, done.err
+    found = used(done.json)
+    assert 4.5 <= found["cpu_seconds"] <= 7.5, found
 
 
 WAITS = "import time\nprint('here', flush=True)\ntime.sleep(600)"
@@ -236,9 +307,10 @@ def look(**processes: ProcessUse) -> TreeLook:
 
 
 def process(
-    rss: int, mark: int = 0, *, cpu: float = 0.0, waited: float = 0.0, written: int | None = None
+    rss: int, mark: int = 0, *, cpu: float = 0.0, waited: float = 0.0, written: int | None = None, **more: Any
 ) -> Any:
-    return ProcessUse(1, rss, max(mark, rss), cpu, waited, 1, None if written is None else 0, written)
+    read = None if written is None else 0
+    return ProcessUse(1, rss, max(mark, rss), cpu, waited, 1, read, written, **more)
 
 
 def test_of_one_process_the_kernels_own_mark_is_the_peak() -> None:
@@ -251,9 +323,57 @@ def test_a_spike_of_one_comes_on_top_of_what_the_others_have() -> None:
     seen = Accumulator()
     seen.take(look(p1=process(100 * MB), p2=process(50 * MB)), pss=150 * MB)
     seen.take(look(p1=process(100 * MB, 300 * MB), p2=process(50 * MB)), pss=150 * MB)
-    assert (seen.totals.peak_bytes, seen.totals.peak_source) == (350 * MB, TREE)
+    assert (seen.totals.peak_bytes, seen.totals.peak_source) == (350 * MB, TREE_AND_SPIKE)
     seen.take(look(p1=process(100 * MB, 300 * MB), p2=process(250 * MB)), pss=350 * MB)
     assert seen.totals.peak_bytes == 350 * MB, "an old spike is not added again"
+
+
+def test_the_spike_of_a_small_one_is_told_though_the_tree_seems_no_larger() -> None:
+    seen = Accumulator()
+    small = look(p1=process(400 * MB), p2=process(20 * MB))
+    assert seen.wants_shared(small)
+    seen.take(small, pss=420 * MB)
+    seen.take(look(p1=process(400 * MB), p2=process(20 * MB, 420 * MB)))
+    assert (seen.totals.peak_bytes, seen.totals.peak_source) == (820 * MB, TREE_AND_SPIKE)
+
+
+def test_of_several_spikes_the_largest_was_surely_and_that_is_said() -> None:
+    seen = Accumulator()
+    seen.take(look(p1=process(100 * MB), p2=process(50 * MB)), pss=150 * MB)
+    seen.take(look(p1=process(100 * MB, 300 * MB), p2=process(50 * MB, 150 * MB)))
+    assert (seen.totals.peak_bytes, seen.totals.peak_source) == (350 * MB, AT_LEAST)
+
+
+def test_what_forks_share_is_no_spike_whoever_gives_it_back() -> None:
+    seen = Accumulator()
+    seen.take(look(p1=process(540 * MB)))
+    fork = process(40 * MB, 540 * MB, parent=1, forked=True)
+    seen.take(look(p1=process(540 * MB), p2=fork), pss=540 * MB)
+    assert seen.totals.peak_bytes == 540 * MB, "what it gave back its parent has"
+    keeps = process(540 * MB, parent=1, forked=True)
+    seen.take(look(p1=process(540 * MB), p2=fork, p3=keeps), pss=540 * MB)
+    drops = process(40 * MB, 550 * MB, parent=1, forked=True)
+    seen.take(look(p1=process(540 * MB), p2=fork, p3=drops), pss=540 * MB)
+    assert seen.totals.peak_bytes == 550 * MB, "it had 10 MB more, and then gave back all"
+    keeps = process(540 * MB, 550 * MB, parent=1, forked=True)
+    seen.take(look(p1=process(40 * MB, 560 * MB), p3=keeps), pss=540 * MB)
+    assert seen.totals.peak_bytes == 560 * MB, "the fork still has what its parent gave back"
+    orphan = process(40 * MB, 540 * MB, parent=77, forked=True)
+    seen.take(look(p1=process(40 * MB, 560 * MB), p3=keeps, p4=orphan), pss=540 * MB)
+    assert seen.totals.peak_bytes == 560 * MB
+
+
+def test_the_spike_of_a_fork_above_what_it_inherited_counts() -> None:
+    seen = Accumulator()
+    seen.take(look(p1=process(100 * MB)))
+    fork = process(100 * MB, 400 * MB, parent=1, forked=True)
+    seen.take(look(p1=process(100 * MB), p2=fork), pss=100 * MB)
+    assert seen.totals.peak_bytes == 400 * MB
+    worker = process(60 * MB, parent=1, forked=True)
+    seen.take(look(p1=process(100 * MB), p3=worker), pss=120 * MB)
+    worker = process(60 * MB, 460 * MB, parent=1, forked=True)
+    seen.take(look(p1=process(100 * MB), p3=worker), pss=120 * MB)
+    assert seen.totals.peak_bytes == 520 * MB
 
 
 def test_shared_pages_are_counted_when_they_may_tell_a_new_peak() -> None:
@@ -267,6 +387,9 @@ def test_shared_pages_are_counted_when_they_may_tell_a_new_peak() -> None:
     seen.take(forked, pss=501 * MB)
     assert not seen.wants_shared(forked)
     assert seen.totals.peak_bytes == 501 * MB
+    alone = look(p1=process(500 * MB), p3=process(200 * MB), p9=process(20 * MB))
+    assert not seen.wants_shared(alone), "it seemed larger when it was counted, and was not"
+    assert seen.wants_shared(alone, affordable=True)
 
 
 def test_processor_time_never_falls_and_goes_on_in_the_next_tree() -> None:
@@ -281,6 +404,37 @@ def test_processor_time_never_falls_and_goes_on_in_the_next_tree() -> None:
     seen.begin_tree(frozenset({19}))
     seen.take(look(p11=process(1, cpu=1.0, written=7), p19=process(1)))
     assert (seen.totals.cpu_seconds, seen.totals.written_bytes) == (6.0, 7)
+
+
+def test_the_time_of_zombies_counts_once() -> None:
+    seen = Accumulator()
+    seen.take(look(p1=process(1, cpu=1.0), p2=process(1, cpu=2.0)))
+    ended = TreeLook({1: process(1, cpu=1.5)}, {2: process(0, cpu=3.0, ended=True)})
+    seen.take(ended)
+    assert (seen.totals.cpu_seconds, seen.totals.processes) == (4.5, 1)
+    seen.take(look(p1=process(1, cpu=1.5, waited=3.0)))
+    assert seen.totals.cpu_seconds == 4.5
+    seen.take(look(p1=process(1, cpu=2.0, waited=3.0)))
+    assert seen.totals.cpu_seconds == 5.0
+
+
+def test_the_time_of_one_that_nobody_waits_for_stays_and_hides_nothing_later() -> None:
+    seen = Accumulator()
+    seen.take(look(p1=process(1, cpu=1.0), p2=process(1, cpu=3.0)))
+    for second in range(5):
+        seen.take(look(p1=process(1, cpu=1.0 + second)))
+    assert seen.totals.cpu_seconds == 8.0
+    seen.take(look(p1=process(1, cpu=5.0), p3=process(1, cpu=2.0)))
+    seen.take(look(p1=process(1, cpu=5.0, waited=2.5)))
+    assert seen.totals.cpu_seconds == 10.5, "the third was waited for"
+
+
+def test_time_that_is_waited_for_in_a_chain_counts_once() -> None:
+    seen = Accumulator()
+    seen.take(look(p1=process(1, cpu=1.0), p2=process(1, cpu=1.0), p3=process(1, cpu=4.0)))
+    seen.take(look(p1=process(1, cpu=1.0, waited=5.0)))
+    seen.take(look(p1=process(1, cpu=2.0, waited=5.0)))
+    assert seen.totals.cpu_seconds == 7.0
 
 
 def test_a_torn_last_sample_is_passed_over(tmp_path: Path) -> None:
@@ -312,8 +466,46 @@ def test_what_a_cgroup_tells_and_does_not_tell(
     group.mkdir()
     for name, text in files.items():
         (group / name).write_text(text + "\n")
-    found = cgroup_use.look("/group", tmp_path)
+    found = cgroup_use.look(cgroup_use.Group("/group", ("/group",)), tmp_path)
     assert (found.memory_bytes, found.peak_bytes, found.throttled_seconds) == expected
+
+
+@pytest.mark.parametrize(
+    ("mounts", "group", "files", "expected"),
+    [
+        pytest.param(
+            "30 24 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n", "0::/pod/c\n",
+            {"pod/cpu.stat": "throttled_usec 5000000", "pod/c/cpu.stat": "throttled_usec 250000",
+             "pod/c/memory.current": "5", "cpu.stat": "usage_usec 9"},
+            ("/sys/fs/cgroup/pod/c", 5, 5.25), id="v2, the quota of the pod",
+        ),
+        pytest.param(
+            "31 24 0:27 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
+            "32 24 0:28 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n",
+            "5:memory:/j\n4:cpu,cpuacct:/k/l\n",
+            {"memory/j/memory.usage_in_bytes": "5", "cpu,cpuacct/k/cpu.stat": "throttled_time 3000000000",
+             "cpu,cpuacct/k/l/cpu.stat": "nr_throttled 3\nthrottled_time 0"},
+            ("/sys/fs/cgroup/memory/j", 5, 3.0), id="v1",
+        ),
+        pytest.param(
+            "32 24 0:28 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n", "4:cpu:/k\n",
+            {"cpu/k/cpu.stat": "throttled_time 1000000000"}, (None, None, 1.0), id="v1, none for memory",
+        ),
+    ],
+)  # fmt: skip
+def test_a_process_is_held_back_by_any_level_of_its_cgroup(
+    tmp_path: Path, mounts: str, group: str, files: dict[str, str], expected: tuple[Any, ...]
+) -> None:
+    texts = {"proc/self/mountinfo": mounts, "proc/7/cgroup": group}
+    texts |= {f"sys/fs/cgroup/{name}": text + "\n" for name, text in files.items()}
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    place = cgroup_use.find(7, tmp_path)
+    assert place is not None
+    found = cgroup_use.look(place, tmp_path)
+    assert (found.folder, found.memory_bytes, found.throttled_seconds) == expected
+    assert cgroup_use.find(8, tmp_path) is None
 
 
 def test_rates_stand_beside_what_a_gpu_did_and_the_difference_is_said(project: Project) -> None:

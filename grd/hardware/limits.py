@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from grd.hardware.facts import describe
-from grd.hardware.mounts import Mount, parse_mountinfo
+from grd.hardware.mounts import Mount, parse_mountinfo, read_mounts
 
 V1_NO_LIMIT = 2**60
 """cgroup v1 says "no limit" with a number near 2^63, rounded down to a page."""
@@ -44,7 +44,7 @@ class MemoryLimit:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """All limits found, tightest first, and the files that should have been readable and were not."""
+    """All limits found, tightest first; ``unreadable``: what should have told of one and did not."""
 
     cores: tuple[CoreLimit, ...] = ()
     memory: tuple[MemoryLimit, ...] = ()
@@ -70,6 +70,19 @@ class Limits:
         return min([available, *rooms])
 
 
+_WHOLE = re.compile(r"-?[0-9]{1,20}")
+"""What the system writes has 64 bits; a longer number is nonsense, and takes long to read."""
+
+
+def _whole(text: str) -> int | None:
+    return int(text) if _WHOLE.fullmatch(text) else None
+
+
+def _read(path: Path) -> str:
+    """A file as the system wrote it: names of cgroups may hold anything but a newline."""
+    return path.read_bytes().decode("utf-8", "surrogateescape")
+
+
 @dataclass
 class _Reader:
     """Reads files under ``root`` and remembers those that exist and cannot be read."""
@@ -79,27 +92,27 @@ class _Reader:
 
     def text(self, path: str) -> str | None:
         try:
-            return (self.root / path.lstrip("/")).read_text("utf-8", "surrogateescape").strip()
+            return _read(self.root / path.lstrip("/"))
         except FileNotFoundError:
             return None
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self.unreadable.append(f"{path} ({type(error).__name__})")
             return None
 
     def number(self, path: str) -> int | None:
-        text = self.text(path)
-        return int(text) if text is not None and re.fullmatch(r"-?\d+", text) else None
+        return _whole((self.text(path) or "").strip())
 
     def table(self, path: str) -> dict[str, int]:
         """Lines of ``name number``, as in memory.stat."""
-        pairs = (line.split() for line in (self.text(path) or "").splitlines())
-        return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdecimal()}
+        pairs = [line.split() for line in (self.text(path) or "").splitlines()]
+        numbers = {pair[0]: _whole(pair[1]) for pair in pairs if len(pair) == 2}
+        return {name: number for name, number in numbers.items() if number is not None}
 
 
 def _own_groups(text: str) -> dict[str, str]:
     """Controller -> this process's path in its hierarchy, from /proc/self/cgroup; v2 has the name ""."""
     groups = {}
-    for line in text.splitlines():
+    for line in text.split("\n"):
         parts = line.split(":", 2)
         if len(parts) == 3:
             for controller in parts[1].split(","):
@@ -110,8 +123,8 @@ def _own_groups(text: str) -> dict[str, str]:
 def cgroup_levels(mounts: list[Mount], groups: Mapping[str, str], controller: str) -> list[str]:
     """The folders of this process's cgroup, innermost first; ``controller`` "" means the v2 hierarchy.
 
-    Where the mount does not show the process's own path (a container that sees the host's names), the mount
-    point itself is the innermost folder known.
+    Of several mounts that show the process's own path the one that shows most levels counts. Where none
+    shows it (a container that sees the host's names), the mount point itself is the innermost folder known.
     """
     own = groups.get(controller)
     if own is None:
@@ -122,9 +135,13 @@ def cgroup_levels(mounts: list[Mount], groups: Mapping[str, str], controller: st
         hierarchy = [m for m in mounts if m.fs_type == "cgroup2"]
     if not hierarchy:
         return []
-    shown = [m for m in hierarchy if ".." not in own and PurePosixPath(own).is_relative_to(m.root)]
-    mount = shown[-1] if shown else hierarchy[-1]
-    leaf = posixpath.join(mount.point, posixpath.relpath(own, mount.root)) if shown else mount.point
+    path = PurePosixPath(own)
+    below = [(m, path.relative_to(m.root)) for m in hierarchy if path.is_relative_to(m.root)]
+    shown = [(m, inside) for m, inside in below if ".." not in inside.parts]
+    mount, inside = min(
+        reversed(shown), key=lambda each: len(PurePosixPath(each[0].root).parts), default=(hierarchy[-1], ".")
+    )
+    leaf = posixpath.join(mount.point, inside)
     levels = [posixpath.normpath(leaf)]
     while levels[-1] != posixpath.normpath(mount.point):
         levels.append(posixpath.dirname(levels[-1]))
@@ -135,7 +152,7 @@ def _memory_v2(files: _Reader, folder: str) -> list[MemoryLimit]:
     found = []
     for name in ("memory.max", "memory.high"):  # above `high` nobody is killed, but everything crawls
         limit = files.number(f"{folder}/{name}")
-        if limit is not None:
+        if limit is not None and limit >= 0:
             used = files.number(f"{folder}/memory.current")
             cache = files.table(f"{folder}/memory.stat").get("inactive_file", 0)
             found.append(
@@ -164,24 +181,38 @@ def _memory_v1(files: _Reader, folder: str) -> list[MemoryLimit]:
     ]
 
 
+def _quota(quota: int | None, period: int | None, source: str) -> list[CoreLimit]:
+    if quota is None or quota <= 0 or period is None or period <= 0:
+        return []
+    return [CoreLimit(cores=quota / period, source=source)]
+
+
 def _quota_v2(files: _Reader, folder: str) -> list[CoreLimit]:
-    parts = (files.text(f"{folder}/cpu.max") or "").split()
-    if len(parts) == 2 and all(part.isdecimal() for part in parts) and int(parts[1]) > 0:
-        return [CoreLimit(cores=int(parts[0]) / int(parts[1]), source=f"cgroup {folder}/cpu.max")]
-    return []
+    quota, _, period = (files.text(f"{folder}/cpu.max") or "").strip().partition(" ")
+    return _quota(_whole(quota), _whole(period), f"cgroup {folder}/cpu.max")
 
 
 def _quota_v1(files: _Reader, folder: str) -> list[CoreLimit]:
     quota = files.number(f"{folder}/cpu.cfs_quota_us")
     period = files.number(f"{folder}/cpu.cfs_period_us")
-    if quota is not None and quota > 0 and period is not None and period > 0:
-        return [CoreLimit(cores=quota / period, source=f"cgroup {folder}/cpu.cfs_quota_us")]
-    return []
+    return _quota(quota, period, f"cgroup {folder}/cpu.cfs_quota_us")
 
 
 def _whole_number(environment: Mapping[str, str], name: str) -> int | None:
-    text = environment.get(name, "").strip()
-    return int(text) if text.isdecimal() and int(text) > 0 else None
+    number = _whole(environment.get(name, "").strip())
+    return number if number is not None and number > 0 else None
+
+
+def _folders(root: Path, process: int | str, controller: str) -> list[str]:
+    mounts = read_mounts(root)
+    groups = _own_groups(_read(root / "proc" / str(process) / "cgroup"))
+    return cgroup_levels(mounts, groups, controller) or cgroup_levels(mounts, groups, "")
+
+
+def _address_space(files: _Reader) -> int | None:
+    """Bytes of address space that this process has; the first figure of statm is in pages (proc(5))."""
+    pages = _whole((files.text("/proc/self/statm") or "").partition(" ")[0])
+    return None if pages is None else pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def memory_folders(root: Path = Path("/"), process: int | str = "self") -> list[str]:
@@ -189,10 +220,15 @@ def memory_folders(root: Path = Path("/"), process: int | str = "self") -> list[
 
     Raises OSError where there is no /proc or no such process.
     """
-    proc = root / "proc"
-    mounts = parse_mountinfo((proc / "self/mountinfo").read_text("utf-8", "surrogateescape"))
-    groups = _own_groups((proc / str(process) / "cgroup").read_text("utf-8", "surrogateescape"))
-    return cgroup_levels(mounts, groups, "memory") or cgroup_levels(mounts, groups, "")
+    return _folders(root, process, "memory")
+
+
+def cpu_folders(root: Path = Path("/"), process: int | str = "self") -> list[str]:
+    """The folders of the cgroups that hold back a process's processor time, innermost first.
+
+    Raises OSError where there is no /proc or no such process.
+    """
+    return _folders(root, process, "cpu")
 
 
 def memory_limits(folders: list[str], root: Path = Path("/")) -> list[MemoryLimit]:
@@ -202,25 +238,30 @@ def memory_limits(folders: list[str], root: Path = Path("/")) -> list[MemoryLimi
     return sorted(found, key=lambda limit: limit.limit)
 
 
-def slurm_limits(environment: Mapping[str, str]) -> tuple[list[CoreLimit], list[MemoryLimit]]:
+def slurm_limits(environment: Mapping[str, str]) -> Limits:
     """Limits a Slurm step was given; memory is in MiB there, and 0 means all of the node's (sbatch(1))."""
-    cores, memory = [], []
-    on_node = _whole_number(environment, "SLURM_CPUS_ON_NODE")
+    cores, memory, unknown = [], [], []
     for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"):
         count = _whole_number(environment, name)
         if count is not None:
             cores.append(CoreLimit(cores=count, source=name))
-    per_node = _whole_number(environment, "SLURM_MEM_PER_NODE")
-    per_cpu = _whole_number(environment, "SLURM_MEM_PER_CPU")
-    if per_node is not None:
-        memory.append(MemoryLimit(limit=per_node * MEBIBYTE, source="SLURM_MEM_PER_NODE"))
-    elif per_cpu is not None and on_node is not None:
-        memory.append(
-            MemoryLimit(
-                limit=per_cpu * on_node * MEBIBYTE, source="SLURM_MEM_PER_CPU times SLURM_CPUS_ON_NODE"
-            )
-        )
-    return cores, memory
+    # Slurm gives one of the three.
+    for name, of in (
+        ("SLURM_MEM_PER_NODE", None),
+        ("SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"),
+        ("SLURM_MEM_PER_GPU", "SLURM_GPUS_ON_NODE"),
+    ):
+        size = _whole_number(environment, name)
+        count = 1 if of is None else _whole_number(environment, of)
+        if size is None:
+            continue
+        if count is None:
+            unknown.append(f"{name} (no {of} to multiply it by)")
+        else:
+            source = name if of is None else f"{name} times {of}"
+            memory.append(MemoryLimit(limit=size * count * MEBIBYTE, source=source))
+        break
+    return Limits(cores=tuple(cores), memory=tuple(memory), unreadable=tuple(unknown))
 
 
 def read_limits(
@@ -236,7 +277,9 @@ def read_limits(
     it to the affinity), ``address_space`` the soft RLIMIT_AS in bytes, None for none. Never raises.
     """
     files = _Reader(root)
-    cores, memory = slurm_limits(environment)
+    slurm = slurm_limits(environment)
+    cores, memory = list(slurm.cores), list(slurm.memory)
+    files.unreadable += slurm.unreadable
     mountinfo = files.text("/proc/self/mountinfo")
     cgroup = files.text("/proc/self/cgroup")
     if mountinfo is None or cgroup is None:
@@ -253,7 +296,7 @@ def read_limits(
     if affinity:
         cores.append(CoreLimit(cores=affinity, source="affinity"))
     if address_space is not None:
-        memory.append(MemoryLimit(limit=address_space, source="RLIMIT_AS"))
+        memory.append(MemoryLimit(limit=address_space, source="RLIMIT_AS", used=_address_space(files)))
     return Limits(
         cores=tuple(sorted(cores, key=lambda limit: limit.cores)),
         memory=tuple(sorted(memory, key=lambda limit: limit.limit)),

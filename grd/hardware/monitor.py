@@ -70,6 +70,11 @@ class GPUStats:
     visible: bool = True
     reasons: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def instance(self) -> bool:
+        """Whether this is a MIG instance; the driver may not tell its profile, but names it so."""
+        return self.mig_profile is not None or (self.uuid or "").startswith("MIG-")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)

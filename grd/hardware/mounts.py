@@ -29,7 +29,7 @@ def _unescape(text: str) -> str:
 def parse_mountinfo(text: str) -> list[Mount]:
     """The mounts listed in ``text``, in the order they were made; lines of another shape are skipped."""
     mounts = []
-    for line in text.splitlines():
+    for line in text.split("\n"):  # names may hold what str.splitlines takes for the end of a line
         before, separator, after = line.partition(" - ")
         left, right = before.split(" "), after.split(" ")
         if not separator or len(left) < 5 or not right[0]:
@@ -47,7 +47,7 @@ def parse_mountinfo(text: str) -> list[Mount]:
 
 def read_mounts(root: Path = Path("/")) -> list[Mount]:
     """The mounts this process sees. Raises OSError where there is no /proc."""
-    return parse_mountinfo((root / "proc/self/mountinfo").read_text("utf-8", "surrogateescape"))
+    return parse_mountinfo((root / "proc/self/mountinfo").read_bytes().decode("utf-8", "surrogateescape"))
 
 
 def mount_of(path: Path, mounts: list[Mount]) -> Mount | None:

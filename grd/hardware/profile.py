@@ -16,7 +16,7 @@ from grd.hardware.facts import Facts, describe
 from grd.hardware.fingerprint import fingerprint
 from grd.hardware.frameworks import framework_versions, gpu_software
 from grd.hardware.gpus import Gpus, find_gpus
-from grd.hardware.limits import current_limits
+from grd.hardware.limits import Limits, current_limits
 from grd.hardware.memory import memory_facts
 from grd.hardware.numerics import numerics_environment, torch_switches
 from grd.hardware.surroundings import surroundings
@@ -54,6 +54,13 @@ class _Cpuinfo:
         """Wait for it; what it asks has limits of its own."""
         self._thread.join()
         return self._told
+
+
+def _limits(root: Path) -> Limits:
+    try:
+        return current_limits(root)
+    except Exception as error:  # as every other probe: it must not cost the profile
+        return Limits(unreadable=(describe(error),))
 
 
 def _add(profile: dict[str, Any], group: str | None, facts: Facts) -> None:
@@ -145,7 +152,7 @@ def capture_hardware_profile(
         "notes": [],
     }
     cpuinfo = _Cpuinfo(root)
-    limits = current_limits(root)
+    limits = _limits(root)
     groups: dict[str, Callable[[], None]] = {
         "hostname": lambda: _add(profile, None, system_facts(root)),
         "memory": lambda: _add(profile, "memory", memory_facts(limits, root)),

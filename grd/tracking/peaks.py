@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from grd.tracking.processor_time import ProcessorTime
+from grd.tracking.spikes import Spikes
 from grd.tracking.tree_walk import ProcessUse, TreeLook
 
 ONE_PROCESS = "highest RSS of one process (VmHWM)"
 TREE = "PSS of all processes, as sampled"
+TREE_AND_SPIKE = "PSS of all processes, and what one of them had besides between two samples (VmHWM)"
+AT_LEAST = (
+    "at least: PSS of all processes, and the most that one of them had besides between two samples (VmHWM); "
+    "others had more too, maybe not at the same time"
+)
 
-GROWTH = 1.02
+GROWTH = 1.01
 GROWTH_BYTES = 4 * 1024**2
-"""A tree that has grown by less since its shared pages were counted need not be counted anew."""
+"""A peak that is higher by less than this is not worth counting shared pages for."""
+
+
+def _and_more(size: int) -> float:
+    return max(size * GROWTH, size + GROWTH_BYTES)
 
 
 @dataclass
@@ -43,59 +54,83 @@ class Accumulator:
 
     def __init__(self) -> None:
         self.totals = Totals()
-        self._keepers: frozenset[int] = frozenset()
-        self._marks: dict[tuple[int, int], int] = {}
-        self._counted_at_rss = 0
-        self._before = Totals()
-        self._tree = Totals()
+        # PSS of the tree when it was last counted, and the RSS of each process then
+        self._counted: tuple[int, dict[tuple[int, int], int]] | None = None
+        self.begin_tree(frozenset())
 
     def begin_tree(self, keepers: frozenset[int]) -> None:
         """What comes now is of another tree, which nothing of the last one belongs to."""
-        self._keepers, self._counted_at_rss, self._marks = keepers, 0, {}
+        self._keepers, self._spikes, self._time = keepers, Spikes(), ProcessorTime(keepers)
+        self._counted, self._counted_at = None, 0
         self._before, self._tree = Totals(**vars(self.totals)), Totals()
 
     def own(self, look: TreeLook) -> dict[int, ProcessUse]:
         """The processes of the tree but for its keepers."""
         return {pid: process for pid, process in look.processes.items() if pid not in self._keepers}
 
-    def wants_shared(self, look: TreeLook) -> bool:
-        """Whether the tree may be at a peak that only counting its shared pages once can tell."""
+    def wants_shared(self, look: TreeLook, *, affordable: bool = False) -> bool:
+        """Whether the tree may be at a peak that only counting its shared pages once can tell.
+
+        Processes that share much may look so at every look, and counting holds them up: what seemed as large
+        when it was last counted is counted anew only where that is ``affordable``.
+        """
         own = self.own(look)
-        rss = sum(process.rss for process in own.values())
-        if len(own) < 2 or rss <= self.totals.peak_bytes:
+        if len(own) < 2:
             return False
-        return rss > self._counted_at_rss * GROWTH + GROWTH_BYTES
+        spike = max(self._spikes.of(own), default=0)
+        low, high = self._bounds(own)
+        if high + spike <= _and_more(self.totals.peak_bytes):
+            return False
+        if self._counted is not None and high <= _and_more(low):
+            return False
+        return affordable or sum(process.rss for process in own.values()) + spike > _and_more(
+            self._counted_at
+        )
 
     def take(self, look: TreeLook, pss: int | None = None) -> None:
         """Take a look into account; ``pss``: that of the tree without its keepers, where it was counted."""
         own = self.own(look)
-        totals, tree = self.totals, self._tree
+        totals = self.totals
         totals.processes = len(own)
         totals.most_processes = max(totals.most_processes, len(own))
         totals.threads = sum(process.threads for process in own.values())
         totals.rss_bytes = sum(process.rss for process in own.values())
-        self._raise_peak(max((process.mark for process in own.values()), default=0), ONE_PROCESS)
-        if pss is not None:
-            self._counted_at_rss = max(self._counted_at_rss, totals.rss_bytes)
-            totals.pss_bytes = pss
-            # what one of them had between two looks, and the others have now
-            spike = max((self._spike(pid, process) for pid, process in own.items()), default=0)
-            self._raise_peak(pss + spike, TREE)
-        self._marks = {(pid, process.started): process.mark for pid, process in own.items()}
-        # The time of a process that ends goes to whoever waits for it: what is seen at once may only grow.
-        seen = sum(process.cpu_seconds + process.waited_seconds for process in own.values())
-        seen += sum(look.processes[pid].waited_seconds for pid in self._keepers if pid in look.processes)
-        tree.cpu_seconds = max(tree.cpu_seconds, seen)
-        totals.cpu_seconds = self._before.cpu_seconds + tree.cpu_seconds
+        self._take_memory(own, pss)
+        self._time.take(look)
+        totals.cpu_seconds = self._before.cpu_seconds + self._time.seconds
         self._take_io(look)
+
+    def _take_memory(self, own: dict[int, ProcessUse], pss: int | None) -> None:
+        self._raise_peak(max((process.mark for process in own.values()), default=0), ONE_PROCESS)
+        spikes = sorted(self._spikes.of(own))
+        self._spikes.remember(own)
+        spike, others = (spikes[-1], sum(spikes[:-1])) if spikes else (0, 0)
+        if pss is not None:
+            self.totals.pss_bytes = pss
+            self._counted = pss, {(pid, process.started): process.rss for pid, process in own.items()}
+            self._counted_at = max(self._counted_at, self.totals.rss_bytes + spike)
+            self._raise_peak(pss, TREE)
+        if len(own) > 1 and spike > 0:
+            least = self._bounds(own)[0]  # what one of them had between two looks, and the others have now
+            source = TREE if least + spike <= _and_more(least) else TREE_AND_SPIKE
+            surely = least + spike + others <= _and_more(least + spike)
+            self._raise_peak(least + spike, source if surely else AT_LEAST)
+
+    def _bounds(self, own: dict[int, ProcessUse]) -> tuple[int, int]:
+        """Between what the PSS of the tree lies now, by how each RSS has changed since it was counted."""
+        rss = {(pid, process.started): process.rss for pid, process in own.items()}
+        largest, together = max(rss.values(), default=0), sum(rss.values())
+        if self._counted is None:
+            return largest, together
+        pss, counted = self._counted
+        shrunk = sum(max(0, size - rss.get(key, 0)) for key, size in counted.items())
+        grown = sum(max(0, size - counted.get(key, 0)) for key, size in rss.items())
+        low = max(largest, pss - shrunk)
+        return low, max(low, min(together, pss + grown))
 
     def _raise_peak(self, peak: int, source: str) -> None:
         if peak > self.totals.peak_bytes:
             self.totals.peak_bytes, self.totals.peak_source = peak, source
-
-    def _spike(self, pid: int, process: ProcessUse) -> int:
-        before = self._marks.get((pid, process.started), 0)
-        return process.mark - process.rss if process.mark > before else 0
 
     def _take_io(self, look: TreeLook) -> None:
         told = [process for process in look.processes.values() if process.read is not None]

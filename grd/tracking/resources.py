@@ -54,15 +54,19 @@ class ResourceUsage:
 
 def _gpu_memory(pids: tuple[int, ...], gpu_index: int | None) -> tuple[float | None, bool]:
     monitor = get_gpu_monitor(mock_mode=False)
-    found: list[int] = []
+    # A card lists the processes of its MIG instances too: what is told by both counts once.
+    cards: dict[int, int] = {}
+    instances: dict[int, int] = {}
     for row in monitor.get_gpu_stats():
         if gpu_index is not None and row.gpu_id != gpu_index:
             continue
+        found = instances if row.instance else cards
         for process in row.processes or []:
             if process["pid"] in pids and process["memory_mb"] is not None:
-                found.append(process["memory_mb"])
+                found[row.gpu_id] = found.get(row.gpu_id, 0) + process["memory_mb"]
+    used = [max(cards.get(gpu, 0), instances.get(gpu, 0)) for gpu in cards | instances]
     # Not listed is not 0: in a container the driver lists the host's pids.
-    return (float(sum(found)) if found else None), monitor.device_count > 0
+    return (float(sum(used)) if used else None), monitor.device_count > 0
 
 
 def _pid_of(process: Any) -> int:
@@ -155,14 +159,28 @@ class ResourceTracker:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
+        """Raises ProcessLookupError if the process has ended, also if its parent has not waited for it."""
         with _marking:
             if self.pid == os.getpid():
                 _note_marks()
                 reset_high_water()
             _active.append(self)
+        try:
+            self._begin()
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def _begin(self) -> None:
         self._usage, self._done = None, threading.Event()
         self._started = started_at(self.pid)
         use = measure_tree(self.pid)
+        if use.sizes[self.pid] == 0:
+            raise ProcessLookupError(
+                f"process {self.pid} has ended and its parent has not waited for it: what memory it had is "
+                "not known any more"
+            )
         # A mark that was reached before this began is none of its own; only one that rises is.
         self._marks_before = dict(use.marks)
         self._start = self._last = _snapshot(use, self._gpu_index)
@@ -170,7 +188,12 @@ class ResourceTracker:
         self._gpu_peak = self._start.gpu_vram_mb
         self._thread = threading.Thread(target=self._watch, name="grd-resources", daemon=True)
         self._thread.start()
-        return self
+
+    def _leave(self) -> None:
+        with _marking:
+            _note_marks()
+            if self in _active:
+                _active.remove(self)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -179,10 +202,7 @@ class ResourceTracker:
         if self._thread is not None:
             self._thread.join()
         self._sample(shared=True, gpu=True)
-        with _marking:
-            _note_marks()
-            if self in _active:
-                _active.remove(self)
+        self._leave()
         if self._start is not None and self._last is not None:
             usage = calculate_resource_usage(self._start, self._last, self.peak_bytes)
             self._usage = ResourceUsage(**{**vars(usage), "gpu_vram_used_mb": self._gpu_peak})

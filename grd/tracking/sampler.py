@@ -16,7 +16,7 @@ from grd.tracking import cgroup_use, tree_walk
 from grd.tracking.gpu_use import GpuUse
 from grd.tracking.host_use import HostUse
 from grd.tracking.peaks import Accumulator
-from grd.tracking.tree_walk import TreeLook, descendants, look_at, proportional_bytes
+from grd.tracking.tree_walk import TreeLook, count_shared, look_at_tree
 
 SAMPLE_SECONDS = 0.25
 THOROUGH_EVERY = 4
@@ -25,6 +25,9 @@ THOROUGH_EVERY = 4
 SHARED_SECONDS = 5.0
 SHARED_SHARE = 0.002
 """Counting shared pages may take this share of the time, besides when a peak may be missed."""
+
+IN_VAIN_SHARE = 0.005
+"""And this where the last count, of a tree that seemed as large, has shown no higher peak."""
 
 GPU_SECONDS = 2.0
 LINE_SECONDS = 1.0
@@ -51,7 +54,8 @@ class ResourceSampler:
         self._gpu_rows: list[dict[str, Any]] = []
         self._lock = threading.Lock()
         self._root: int | None = None
-        self._cgroup: str | None = None
+        self._last_look = TreeLook()
+        self._cgroup: cgroup_use.Group | None = None
         self._throttled_before: float | None = None
         self._cgroup_now: cgroup_use.CgroupUse | None = None
         self._began = time.monotonic()
@@ -59,7 +63,7 @@ class ResourceSampler:
         self._written = self._looks = 0
         self._failed = False
         self._line_seconds = LINE_SECONDS
-        self._next_line = self._next_gpu = self._next_shared = 0.0
+        self._next_line = self._next_gpu = self._next_shared = self._next_in_vain = 0.0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._go_on, name="grd-resources", daemon=True)
 
@@ -81,7 +85,7 @@ class ResourceSampler:
             keepers = frozenset(pid for name, pid in pids.items() if name in KEEPERS)
             root = pids.get("guardian", pids.get("kernel"))
             self._accumulator.begin_tree(keepers)
-            self._root = root
+            self._root, self._last_look = root, TreeLook()
             self._cgroup = cgroup_use.find(pids.get("kernel", root or os.getpid()))
             self._look(time.monotonic(), last=True)
 
@@ -121,14 +125,13 @@ class ResourceSampler:
             return
         self._looks += 1
         thorough = last or self._looks % THOROUGH_EVERY == 1
-        look = TreeLook()
-        for pid in descendants(self._root, every_thread=thorough):
-            process = look_at(pid, io=thorough)
-            if process is not None:
-                look.processes[pid] = process
+        look = self._last_look = look_at_tree(self._root, self._last_look, thorough=thorough)
         if not look.processes:
             return
+        peak = self._accumulator.totals.peak_bytes
         self._accumulator.take(look, self._shared(look, now))
+        if self._accumulator.totals.peak_bytes > peak:
+            self._next_in_vain = now
         if now >= self._next_gpu:
             self._next_gpu = now + GPU_SECONDS
             self._look_at_gpus(now, set(look.processes))
@@ -136,13 +139,16 @@ class ResourceSampler:
             self._write(now)
 
     def _shared(self, look: TreeLook, now: float) -> int | None:
-        own = list(self._accumulator.own(look))
-        if len(own) < 2 or not (self._accumulator.wants_shared(look) or now >= self._next_shared):
+        own = self._accumulator.own(look)
+        affordable = now >= self._next_in_vain
+        wanted = now >= self._next_shared or self._accumulator.wants_shared(look, affordable=affordable)
+        if len(own) < 2 or not wanted:
             return None
         before = time.thread_time()
-        counted = proportional_bytes(own)
+        counted = count_shared(own)
         took = time.thread_time() - before
         self._next_shared = now + max(SHARED_SECONDS, took / SHARED_SHARE)
+        self._next_in_vain = now + took / IN_VAIN_SHARE
         return counted
 
     def _look_at_gpus(self, now: float, pids: set[int]) -> None:

@@ -7,6 +7,7 @@ for a single look, also where there is no /proc.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -15,11 +16,18 @@ KIBIBYTE = 1024
 
 PROC = "/proc"
 
+_FORKED = 0x40
+"""PF_FORKNOEXEC of the flags in /proc/PID/stat (include/linux/sched.h)."""
+
 
 @dataclass
 class ProcessUse:
     """One process, in bytes and seconds. ``mark``: its highest RSS so far; ``waited_seconds``: processor time
-    of children that it has waited for; ``read`` and ``written`` None where they may not be seen."""
+    of children that it has waited for; ``read`` and ``written`` None where they may not be seen.
+
+    ``forked``: it has made no exec(2) since its start, so that its mark began as its parent's RSS.
+    ``ended``: it is a zombie, of which nothing is left but its times.
+    """
 
     started: int
     rss: int
@@ -29,13 +37,17 @@ class ProcessUse:
     threads: int
     read: int | None = None
     written: int | None = None
+    parent: int = 0
+    forked: bool = False
+    ended: bool = False
 
 
 @dataclass
 class TreeLook:
-    """A tree at one moment, by pid."""
+    """A tree at one moment, by pid; ``ended`` are the zombies in it."""
 
     processes: dict[int, ProcessUse] = field(default_factory=dict)
+    ended: dict[int, ProcessUse] = field(default_factory=dict)
 
     @property
     def rss(self) -> int:
@@ -77,24 +89,43 @@ def descendants(root: int, *, every_thread: bool) -> list[int]:
     return found
 
 
+def look_at_tree(root: int, before: TreeLook, *, thorough: bool) -> TreeLook:
+    """``root`` and what stems from it, and of the look ``before`` what lives on without being found.
+
+    ``thorough``: children of all threads, and bytes read and written.
+    """
+    found = TreeLook()
+    stemming = dict.fromkeys(descendants(root, every_thread=thorough))
+    known = before.processes | before.ended
+    for pid in stemming | dict.fromkeys(known):
+        process = look_at(pid, io=thorough)
+        if process is None or (pid not in stemming and process.started != known[pid].started):
+            continue
+        (found.ended if process.ended else found.processes)[pid] = process
+    return found
+
+
 def look_at(pid: int, *, io: bool) -> ProcessUse | None:
-    """One process now; None if it has ended, or is a zombie."""
+    """One process now, a zombie too; None if there is none."""
     folder = f"{PROC}/{pid}"
     try:
         stat = read(f"{folder}/stat").rpartition(b")")[2].split()
-        if stat[0] in (b"Z", b"X"):
-            return None
-        status = read(f"{folder}/status")
+        use = ProcessUse(
+            started=int(stat[19]),
+            rss=int(stat[21]) * _PAGE,
+            mark=0,
+            cpu_seconds=(int(stat[11]) + int(stat[12])) / _TICK,
+            waited_seconds=(int(stat[13]) + int(stat[14])) / _TICK,
+            threads=int(stat[17]),
+            parent=int(stat[1]),
+            forked=bool(int(stat[6]) & _FORKED),
+            ended=stat[0] in (b"Z", b"X"),
+        )
+        if use.ended:
+            return use
+        use.mark = _kibibytes(read(f"{folder}/status"), b"VmHWM:")
     except (OSError, IndexError):
         return None
-    use = ProcessUse(
-        started=int(stat[19]),
-        rss=int(stat[21]) * _PAGE,
-        mark=_kibibytes(status, b"VmHWM:"),
-        cpu_seconds=(int(stat[11]) + int(stat[12])) / _TICK,
-        waited_seconds=(int(stat[13]) + int(stat[14])) / _TICK,
-        threads=int(stat[17]),
-    )
     if io:
         try:
             told = dict(line.split(b": ") for line in read(f"{folder}/io").splitlines())
@@ -109,19 +140,20 @@ def _kibibytes(text: bytes, name: bytes) -> int:
     return int(text[at + len(name) :].split(maxsplit=1)[0]) * KIBIBYTE if at >= 0 else 0
 
 
-def proportional_bytes(pids: list[int]) -> int | None:
+def count_shared(processes: Mapping[int, ProcessUse]) -> int | None:
     """PSS of all: pages that several of them share are counted once; None if one of them may not be seen.
 
-    It holds up each process for as long as it is counted, some milliseconds for a gigabyte.
+    It holds up each process for as long as it is counted, some milliseconds for a gigabyte. Their ``rss``
+    becomes what they had meanwhile, 0 where one has ended, so that both figures are of the same moment.
     """
     total = 0
-    for pid in pids:
+    for pid, process in processes.items():
         try:
-            total += _kibibytes(read(f"{PROC}/{pid}/smaps_rollup"), b"\nPss:")
-        except FileNotFoundError:
-            continue  # it has ended
-        except ProcessLookupError:
-            continue
+            text = read(f"{PROC}/{pid}/smaps_rollup")
+        except (FileNotFoundError, ProcessLookupError):
+            text = b""
         except OSError:
             return None
+        process.rss = _kibibytes(text, b"\nRss:")
+        total += _kibibytes(text, b"\nPss:")
     return total

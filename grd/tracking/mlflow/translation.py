@@ -212,6 +212,15 @@ def _cgroup(newest: Mapping[str, Any], profile: Mapping[str, Any] | None) -> dic
     }
 
 
+def _short_uuid(uuid: str | None) -> tuple[str | None, bool]:
+    """Enough of a GPU's UUID to know it by, and whether it is a MIG instance's.
+
+    Older drivers name an instance ``MIG-GPU-<the card's UUID>/<instance>/<instance within it>``.
+    """
+    whole, *within = (uuid or "").removeprefix("MIG-").removeprefix("GPU-").split("/")
+    return "_".join([whole[:8], *within]) or None, (uuid or "").startswith("MIG-")
+
+
 def _gpus(window: Sequence[Mapping[str, Any]], profile: Mapping[str, Any] | None) -> dict[str, float | None]:
     limits = {gpu.get("uuid"): gpu.get("power_limit_w") for gpu in (profile or {}).get("gpus") or []}
     found: dict[str, float | None] = {}
@@ -222,7 +231,8 @@ def _gpus(window: Sequence[Mapping[str, Any]], profile: Mapping[str, Any] | None
         used, total = gpu.get("memory_used_mb"), gpu.get("memory_total_mb")
         power = _mean(row.get("power_usage_w") for row in same)
         limit = limits.get(gpu["uuid"])
-        name = f"gpu_{gpu['index']}"
+        short, instance = _short_uuid(gpu["uuid"])
+        name = f"gpu_{gpu['index']}" + (f"_mig_{short}" if instance else "")
         found |= {
             f"{name}_memory_usage_megabytes": None if used is None else used * MEBIBYTE_IN_MEGABYTES,
             f"{name}_memory_usage_percentage": 100 * used / total if used is not None and total else None,
@@ -231,6 +241,7 @@ def _gpus(window: Sequence[Mapping[str, Any]], profile: Mapping[str, Any] | None
             f"{name}_power_usage_percentage": 100 * power / limit if power is not None and limit else None,
         }
         own = gpu.get("process_memory_mb")
-        short = str(gpu["uuid"] or name).removeprefix("GPU-")[:8]
-        found[f"process/gpu_{short}_memory_megabytes"] = None if own is None else own * MEBIBYTE_IN_MEGABYTES
+        found[f"process/gpu_{short or name[:8]}_memory_megabytes"] = (
+            None if own is None else own * MEBIBYTE_IN_MEGABYTES
+        )
     return found
