@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from conftest import Project
 from test_research import PARAMETERS, TRAIN
 
 from grd.hardware import benchmark as measuring
-from grd.hardware import capture_hardware_profile, compare_profiles
+from grd.hardware import capture_hardware_profile, compare_profiles, matmul_program
 from grd.hardware.comparison import machine_change
+from grd.interfaces.cli.main import main
 
 GIB = 1024**3
 
@@ -149,10 +150,37 @@ def test_profiles_are_named_by_run_file_or_now_and_mistakes_are_one_line(project
 # --- measuring
 
 
+def load_is(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    """Others use this share of all processors."""
+    load = share * (os.cpu_count() or 1)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+
+
+class Clock:
+    """Time that passes only where something is done."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(matmul_program.time, "perf_counter", lambda: self.now)
+
+    def product(self, size: int, *, first: float = 0.0, prepare: float = 0.0) -> Callable[[], None]:
+        """A product on a machine of 1 TFLOP/s, whose first one takes ``first`` seconds more."""
+        self.now += prepare * size**2
+        more = [first]
+
+        def once() -> None:
+            self.now += 2 * size**3 / 1e12 + (more.pop() if more else 0.0)
+
+        return once
+
+
 def quick(monkeypatch: pytest.MonkeyPatch, asked: list[str]) -> None:
+    load_is(monkeypatch, 0.1)
+
     def compute() -> dict[str, Any]:
         asked.append("compute")
-        return {"matmul": [], "memory_bandwidth_gbs": None, "device": None}
+        told = {"device": None, "library": "numpy", "threads": 2}
+        return {"matmul": [], "memory_bandwidth_gbs": None, **told}
 
     def disk(folder: Path) -> dict[str, Any]:
         asked.append("disk")
@@ -187,7 +215,7 @@ def test_another_disk_of_the_same_machine_is_measured_alone(
 
 def test_the_disk_is_really_written_and_nothing_stays(tmp_path: Path) -> None:
     told = measuring.measure_disk(tmp_path, seconds=0.05)
-    assert told["bytes"] >= measuring.CHUNK_BYTES
+    assert told["bytes"] >= measuring.FIRST_BYTES
     assert told["write_mbs"] > 0 and told["fsync_ms"] > 0
     assert list(tmp_path.iterdir()) == []
 
@@ -212,6 +240,100 @@ def test_products_are_really_made_and_rates_are_finite() -> None:
     rows = {row["dtype"]: row for row in found["matmul"]}
     assert rows["fp32"]["tflops"] > 0 and rows["fp32"]["repeats"] >= 1
     assert found["memory_bandwidth_gbs"] > 0
+
+
+def test_a_first_product_that_waits_for_threads_does_not_keep_products_small(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock(monkeypatch)
+    found = matmul_program.measure_products(lambda size: clock.product(size, first=0.05), 1.0)
+    assert found["size"] >= 2048
+    assert found["tflops"] == pytest.approx(1.0)
+    assert clock.now <= 101.0
+
+
+@pytest.mark.parametrize("prepare", [0.0, 1e-8, 1e-7])
+def test_measuring_products_ends_in_time_however_long_preparing_takes(
+    monkeypatch: pytest.MonkeyPatch, prepare: float
+) -> None:
+    clock = Clock(monkeypatch)
+    matmul_program.measure_products(lambda size: clock.product(size, prepare=prepare), 1.0)
+    assert clock.now <= 101.0
+
+
+def test_measuring_everything_takes_its_seconds_and_no_more(tmp_path: Path) -> None:
+    pytest.importorskip("numpy")
+    assert measuring.PRODUCT_SECONDS + measuring.DISK_SECONDS <= 5
+    found = measuring.measure_compute(seconds=0.6)
+    assert 0 < found["seconds"] < 2 * 0.6
+
+
+def test_figures_of_a_busy_machine_are_told_with_a_warning_and_not_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+    quick(monkeypatch, asked)
+    here = {"fingerprint": "a"}
+    load_is(monkeypatch, 2.0)
+    for _ in range(2):
+        busy = measuring.benchmark(tmp_path, profile=here)
+        assert busy["cached"] is False and "busy" in busy["warning"]
+    assert measuring.last_benchmark("a") is None
+    load_is(monkeypatch, 0.1)
+    assert measuring.benchmark(tmp_path, profile=here)["warning"] is None
+    load_is(monkeypatch, 2.0)
+    kept = measuring.benchmark(tmp_path, profile=here)
+    assert (kept["cached"], kept["warning"]) == (True, None)
+    measuring.benchmark(tmp_path, profile=here, again=True)
+    assert measuring.benchmark(tmp_path, profile=here)["load"] == kept["load"]
+
+
+def test_the_command_warns_of_a_busy_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick(monkeypatch, [])
+    load_is(monkeypatch, 2.0)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["benchmark", "--json"])
+    told = capsys.readouterr()
+    assert ended.value.code == 0
+    assert json.loads(told.out)["warning"] in told.err
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        dict.clear,
+        lambda entry: entry.pop("disks"),
+        lambda entry: entry.update(compute={}),
+        lambda entry: entry["disks"].update({"/": 3}),
+        lambda entry: entry.update(load=999999.0),
+    ],
+)
+def test_what_is_kept_and_damaged_or_was_measured_under_load_is_measured_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spoil: Callable[[dict[str, Any]], Any]
+) -> None:
+    asked: list[str] = []
+    quick(monkeypatch, asked)
+    here = {"fingerprint": "a"}
+    measuring.benchmark(tmp_path, profile=here)
+    place = tmp_path / "state/benchmarks.json"
+    kept = json.loads(place.read_text())
+    spoil(kept["machines"]["a"])
+    place.write_text(json.dumps(kept))
+    assert measuring.benchmark(tmp_path, profile=here)["cached"] is False
+    assert asked == ["compute", "disk"] * 2
+
+
+def test_a_partition_has_no_share_of_the_whole_cards_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(memory: int) -> Any:
+        rows = [{"dtype": "bf16", "tflops": 100.0}]
+        answer = {"device": "AMD Instinct MI300X", "device_memory_bytes": memory, "matmul": rows}
+        monkeypatch.setattr(measuring, "run_limited", lambda *_: json.dumps(answer).encode())
+        return measuring.measure_compute()["matmul"][0]["peak_tflops"]
+
+    assert (told(192 * 10**9), told(48 * 10**9)) == (1307.4, None)
 
 
 def test_a_machine_that_cannot_be_measured_says_why_and_is_asked_again(

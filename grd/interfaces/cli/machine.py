@@ -119,12 +119,16 @@ def _cell(value: float | None, unit: str = "") -> str:
 def benchmark(again: bool, as_json: bool) -> Answer:
     """Measure this machine for five seconds: matrix products, memory, and writing to the project's disk.
 
-    The figures are kept for this machine, and stand in its profile ("measured") from then on.
+    The figures are kept for this machine, and stand in its profile ("measured") from then on; not those of
+    a machine that others keep busy, which is measured anew the next time. Not counted are loading the
+    profile and torch, and starting CUDA, which take some seconds more.
     """
     from grd.hardware import benchmark as measuring
 
     say("measuring, unless this machine was measured before")
     found = measuring.benchmark(find_project_root(Path.cwd()), again=again)
+    if found["warning"]:
+        say(f"warning: {found['warning']}")
     return Answer(document=found, lines=_benchmark_lines(found), as_json=as_json)
 
 
@@ -138,14 +142,14 @@ def _benchmark_lines(found: dict[str, Any]) -> list[str]:
         lines.append(f"On        {what}, with {compute['library']}")
     for row in compute["matmul"]:
         if row["tflops"] is None:
-            lines.append(f"{row['dtype']:<9} not measured: {row['reason']}")
+            lines.append(f"{row['dtype']:<9} not measured: {row.get('reason')}")
             continue
         share = f", {row['share_of_peak']:.0%} of {row['peak_tflops']:g}" if row["share_of_peak"] else ""
-        lines.append(f"{row['dtype']:<9} {row['tflops']:.3g} TFLOP/s{share} (size {row['size']})")
+        lines.append(f"{row['dtype']:<9} {row['tflops']:.3g} TFLOP/s{share} (size {row.get('size')})")
     if compute["memory_bandwidth_gbs"]:
         lines.append(f"Memory    {compute['memory_bandwidth_gbs']:.1f} GB/s copied")
     if disk["write_mbs"] is None:
-        lines.append(f"Disk      not measured: {disk['reason']}")
+        lines.append(f"Disk      not measured: {disk.get('reason')}")
     else:
         lines.append(
             f"Disk      {disk['write_mbs']:.0f} MB/s written with fsync, "
