@@ -111,6 +111,26 @@ def test_an_instance_named_in_cuda_visible_devices_is_the_only_gpu_with_its_own_
     assert not any("split" in note for note in profile["notes"])
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_of_two_instances_named_a_cuda_program_sees_the_first_and_the_profile_says_so(
+    profile_of: Any, monkeypatch: pytest.MonkeyPatch, order: tuple[int, int]
+) -> None:
+    names = [A100_SPLIT.instances[index].answers["GetUUID"] for index in order]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"0,{','.join(names)}")
+    profile = profile_of(H200, A100_SPLIT)
+    assert [gpu["uuid"] for gpu in profile["gpus"]] == names[:1]
+    assert profile["gpu"]["device_count"] == 1
+    assert any("first MIG instance alone" in note for note in profile["notes"])
+
+
+def test_a_mig_instance_that_is_not_there_by_this_name_is_to_be_written_out(
+    profile_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-2b6a0c")
+    profile = profile_of(A100_SPLIT)
+    assert profile["gpus"] == [] and "write a MIG instance's name out" in profile["reasons"]["gpu"]
+
+
 def test_a_part_with_the_whole_cards_name_but_not_its_memory_has_no_peak(profile_of: Any) -> None:
     part = V100.but(GetName="AMD Instinct MI300X")
     assert profile_of(part)["gpu"]["peak_tflops"] is None
