@@ -15,10 +15,12 @@ import pytest
 from conftest import Project
 from test_research import PARAMETERS, TRAIN
 
+from grd.errors import RunNotFound, UsageError
 from grd.hardware import benchmark as measuring
 from grd.hardware import capture_hardware_profile, compare_profiles, matmul_program
 from grd.hardware.comparison import machine_change
 from grd.interfaces.cli.main import main
+from grd.steps.profiles import profile_named
 
 GIB = 1024**3
 
@@ -63,6 +65,7 @@ def test_one_machine_twice_does_not_differ() -> None:
         ("disk.fs_type", "nfs4", "cost"),
         ("gpus", [{"name": "NVIDIA H200"}], "results"),
         ("hostname", "elsewhere", "nothing"),
+        ("cpu.governor", "a governor", "cost"),
     ],
 )
 def test_a_difference_says_what_it_can_change(path: str, value: Any, can_change: str) -> None:
@@ -93,6 +96,28 @@ def test_other_code_or_another_name_is_no_other_machine() -> None:
     assert machine_change(profile, changed(changed(profile, "code.commit", "0"), "hostname", "x")) is None
     change = machine_change(profile, changed(profile, "cpu.brand", "Another CPU"))
     assert change is not None and change.endswith("-> Another CPU")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "can_change"),
+    [("mig_enabled", True, "results"), ("ecc_enabled", False, "results"), ("compute_mode", "x", "cost")],
+)
+def test_how_a_device_is_set_is_compared_and_told_at_a_resume(
+    field: str, value: Any, can_change: str
+) -> None:
+    before = {"gpus": [{"mig_enabled": False, "ecc_enabled": True, "compute_mode": "default"}]}
+    now = {"gpus": [{**before["gpus"][0], field: value}]}
+    (found,) = compare_profiles(before, now)
+    assert (found.field, found.can_change) == (f"gpus.0.{field}", can_change)
+    change = machine_change(before, now)
+    assert change is not None and field in change
+
+
+def test_what_is_no_profile_can_be_compared_all_the_same() -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(5000):
+        deep = {"cpu": deep}
+    assert compare_profiles({"gpus": 3, "cpu": deep}, {"gpus": {"0": 1}}) == []
 
 
 # --- the commands, and a resume
@@ -145,6 +170,73 @@ def test_profiles_are_named_by_run_file_or_now_and_mistakes_are_one_line(project
     for name, code in (("no.json", 2), ("nothing-of-this-name", 66), ("last@x", 2)):
         done = project.grd("hardware", "diff", name)
         assert done.code == code and done.err.count("\n") == 1, done.err
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"schema": "grd.hardware/1", "gpus": 3}', "no list of devices"),
+        ('{"schema": "grd.hardware/1", "gpus": [3]}', "no list of devices"),
+        ('{"schema": "grd.hardware/1", "cpu": {"brand": NaN}}', "JSON compliant"),
+        ('{"schema": "grd.hardware/1", "memory": {"limit_gb": 1e999}}', "JSON compliant"),
+        ('{"schema": "grd.hardware/1", "cpu": {"brand": "\\ud800"}}', "surrogates"),
+        ("[" * 200_000, "nested too deeply"),
+    ],
+    ids=["gpus", "device", "nan", "infinite", "half a character", "deep"],
+)
+def test_a_file_that_holds_no_profile_is_one_line(project: Project, text: str, says: str) -> None:
+    (project.path / "a.json").write_text(text)
+    done = project.grd("hardware", "diff", "a.json", "a.json", "--json")
+    assert done.code == 2 and done.err.count("\n") == 1 and says in done.err, done.err
+
+
+def test_names_that_can_be_no_files_are_one_line(project: Project) -> None:
+    for name in ("x" * 300, "x" * 300 + "@1", "last@" + "9" * 5000, f"/home/me@host/{'x' * 300}"):
+        done = project.grd("hardware", "diff", name)
+        assert done.code in (2, 66) and done.err.count("\n") == 1, done.err
+
+
+def test_a_file_in_a_folder_that_may_not_be_entered_is_said_to_be_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)  # root may enter any folder
+    with pytest.raises(UsageError, match="Permission denied"):
+        profile_named("/locked/a.json", tmp_path)
+
+
+def test_a_run_folder_whose_path_holds_an_at_sign_is_found(tmp_path: Path) -> None:
+    run = tmp_path / "me@host/experiments/20260101-000000-train-0a0a"
+    for folder, brand in ((run, "newest"), (run / "attempts/1", "first")):
+        folder.mkdir(parents=True, exist_ok=True)
+        told = {"schema": "grd.hardware/1", "cpu": {"brand": brand}}
+        (folder / "hardware.json").write_text(json.dumps(told))
+    (run / "run.json").write_text("{}")
+    found = [profile_named(f"{run}{at}", tmp_path)["cpu"]["brand"] for at in ("", "@1")]
+    assert found == ["newest", "first"]
+    with pytest.raises(RunNotFound, match="no run"):
+        profile_named(str(run.with_name("another")), tmp_path)
+
+
+@pytest.mark.parametrize("command", [("explore",), ("hardware", "show"), ("status",)])
+def test_a_command_in_a_folder_that_was_deleted_is_one_line(
+    project: Project, command: tuple[str, ...]
+) -> None:
+    place = project.path / "gone"
+    place.mkdir()
+    program = "import os, sys; os.rmdir(os.getcwd()); from grd.interfaces.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command],
+        cwd=place,
+        env={**project.environment, "PYTHONPATH": str(Path(measuring.__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "was deleted" in done.stderr
 
 
 # --- measuring

@@ -214,10 +214,10 @@ def find_run(runs_dir: Path, name: str) -> RunFolder:
     Raises RunNotFound with what to type next.
     """
     as_path = Path(name)
-    if ("/" in name or name in (".", "..")) and RunFolder(as_path.resolve()).record.exists():
+    if ("/" in name or name in (".", "..")) and _is_run(RunFolder(as_path)):
         return RunFolder(as_path.resolve())
     exact = RunFolder(runs_dir / name)
-    if name and "/" not in name and exact.record.exists():
+    if name and "/" not in name and _is_run(exact):
         return exact
     if name == "last":
         for folder in run_folders(runs_dir):
@@ -231,6 +231,13 @@ def find_run(runs_dir: Path, name: str) -> RunFolder:
         more = ", ..." if len(matches) > 4 else ""
         raise RunNotFound(f"{name!r} fits {len(matches)} runs ({listed}{more}); type more of it")
     raise RunNotFound(f"no run {name!r} in {runs_dir}; see: grd list")
+
+
+def _is_run(folder: RunFolder) -> bool:
+    try:
+        return folder.record.exists()
+    except OSError:
+        return False  # a name that is longer than any file's, or in a folder that may not be entered
 
 
 def is_run_id(name: str) -> bool:
