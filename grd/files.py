@@ -33,25 +33,26 @@ def atomic_write(path: Path, data: bytes | str | Iterable[bytes], *, durable: bo
     """Replace the content of ``path`` so that a reader or a crash sees the old bytes or the new, never a mix.
 
     ``data`` may come in pieces, which are written one by one. Symbolic links are kept (their target is
-    replaced), and so is the mode of an existing file. ``durable`` adds fsync of file and folder. Raises
-    OSError; then the old file is untouched and no temporary file stays.
+    replaced), and so are the mode of an existing file and, where this process may give files away, its owner
+    and group. A hard link is not: the file's other names keep the old content. ``durable`` adds fsync of file
+    and folder. Raises OSError; then the old file is untouched and no temporary file stays.
     """
     path = Path(path)
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
     try:
-        mode = stat.S_IMODE(target.stat().st_mode)
+        old = target.stat()
     except FileNotFoundError:
-        mode = None
+        old = None
     # Not by mkstemp: reading the umask for a new file's mode changes it for all threads for a moment.
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    fd = os.open(temporary, flags, 0o666 if mode is None else 0o600)
+    fd = os.open(temporary, flags, 0o666 if old is None else 0o600)
     try:
         with os.fdopen(fd, "wb") as stream:
             write_pieces(stream, data)
             stream.flush()
-            if mode is not None:
-                os.fchmod(stream.fileno(), mode)
+            if old is not None:
+                _take_over(stream.fileno(), old)
             if durable:
                 os.fsync(stream.fileno())
         temporary.replace(target)
@@ -61,6 +62,18 @@ def atomic_write(path: Path, data: bytes | str | Iterable[bytes], *, durable: bo
         raise
     if durable:
         fsync_folder(target.parent)
+
+
+def _take_over(fd: int, old: os.stat_result) -> None:
+    """Owner and group of a file that is being replaced, where they can be had, and then its mode."""
+    new = os.fstat(fd)
+    if new.st_uid != old.st_uid:
+        with contextlib.suppress(OSError):
+            os.fchown(fd, old.st_uid, -1)
+    if new.st_gid != old.st_gid:
+        with contextlib.suppress(OSError):
+            os.fchown(fd, -1, old.st_gid)
+    os.fchmod(fd, stat.S_IMODE(old.st_mode))  # last: a change of owner clears bits of it
 
 
 def write_pieces(stream: BinaryIO, data: bytes | str | Iterable[bytes]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import tempfile
 from pathlib import Path
 
 from grd.errors import ReportError
@@ -25,11 +26,12 @@ def find_section(content: bytes, name: str) -> tuple[int, int] | None:
     """Where the section stands: offsets from its start marker to behind its end marker, None if nowhere.
 
     Raises ReportError if a marker is there twice, without the other, or behind it: replacing anything then
-    might destroy what a person wrote.
+    might destroy what a person wrote. So it does for text in which ASCII would be unreadable.
     """
     start, end = (marker.encode("ascii") for marker in section_markers(name))
-    if content.startswith(_WIDE_BOMS):
-        raise ReportError("it is UTF-16 or UTF-32 text; save it as UTF-8")
+    # Without a mark of their order, too: in their bytes every space and line end has zeros.
+    if content.startswith(_WIDE_BOMS) or b"\0" in content:
+        raise ReportError("it is UTF-16 or UTF-32 text, or no text; save it as UTF-8")
     starts, ends = content.count(start), content.count(end)
     if (starts, ends) == (0, 0):
         return None
@@ -76,7 +78,7 @@ def _read(path: Path) -> bytes:
 
 
 def check_target(path: Path) -> None:
-    """Raise ReportError if no file can be written at ``path`` now; changes nothing."""
+    """Raise ReportError if no file can be written at ``path`` now, by making one there that has no name."""
     target = Path(os.path.realpath(path))
     try:
         if target.is_dir():
@@ -91,6 +93,12 @@ def check_target(path: Path) -> None:
             raise ReportError(f"{path} cannot be written: {folder} is no folder; name another file")
         if not os.access(folder, os.W_OK | os.X_OK):
             raise ReportError(f"{path} cannot be written: no permission in {folder}; name another file")
+        try:
+            # Some folders say that they can be written and take no file: those of /proc and /sys.
+            tempfile.TemporaryFile(dir=folder, prefix=".grd-").close()
+        except OSError as error:
+            why = error.strerror or error
+            raise ReportError(f"{path} cannot be written: {folder}: {why}; name another file") from None
     except OSError as error:
         raise ReportError(f"{path} cannot be reached: {error.strerror or error}; name another file") from None
 
@@ -113,8 +121,8 @@ def check_section(path: Path, name: str) -> None:
 def write_section(path: Path, name: str, body: str) -> None:
     """Put ``body`` into the section ``name`` of the file, atomically; file and folders are made if missing.
 
-    A symbolic link stays one. A file that would not change is not written. Raises ReportError with the file
-    untouched.
+    A symbolic link stays one, a hard link does not (see `atomic_write`). A file that would not change is not
+    written. Raises ReportError with the file untouched.
     """
     path = Path(path)
     check_target(path)

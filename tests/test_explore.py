@@ -90,7 +90,8 @@ def test_a_report_that_cannot_be_written_is_refused_before_any_kernel_starts(
     (folder / "file").write_text("in the way")
     damaged = folder / "damaged.md"
     damaged.write_bytes(b"text\n" + START)
-    for report in (folder, folder / "file/REPORT.md", damaged):
+    no_folder = Path("/proc/nothing/REPORT.md")  # says that it can be written, at least to root
+    for report in (folder, folder / "file/REPORT.md", damaged, no_folder):
         with pytest.raises(ReportError, match=re.escape(str(report))):
             explorer.explore(report)
     assert damaged.read_bytes() == b"text\n" + START

@@ -229,3 +229,19 @@ def test_watching_prints_one_json_line_a_sample(project: Project) -> None:
     assert len(samples) == 3
     assert {sample["schema"] for sample in samples} == {"grd.gpus/1"}
     assert samples[0]["gpus"] != samples[1]["gpus"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--watch", "--interval", "nan"),
+        ("--watch", "--interval", "inf"),
+        ("--watch", "--interval", "1e12"),
+        ("--samples", "3"),
+    ],
+)
+def test_an_interval_that_is_no_time_and_samples_without_watching_are_refused(
+    project: Project, options: tuple[str, ...]
+) -> None:
+    done = project.grd("gpus", "--mock", *options)
+    assert done.code == 2 and options[-2] in done.err and "Traceback" not in done.err, done.err

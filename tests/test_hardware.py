@@ -481,6 +481,10 @@ def test_a_gpu_that_the_installed_torch_cannot_use_is_pointed_out(
         ("GPU-", []),
         ("GPU-zz", []),
         ("MIG-1234", ["MIG-1234"]),
+        ("9" * 5000, []),
+        ("0," + "9" * 5000 + ",1", [0]),
+        ("0" * 5000 + "1", [1]),
+        ("\u0662", []),
     ],
 )
 def test_cuda_visible_devices_selects_as_cuda_does(setting: str | None, expected: list[int | str]) -> None:

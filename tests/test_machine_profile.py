@@ -16,7 +16,7 @@ from nvml_replay import A100_SPLIT, H200, LAPTOP, LOST, NO_PERMISSION, V100, Mac
 from test_hardware import assert_truthful, nulls
 
 from grd.hardware import capture_hardware_profile
-from grd.hardware.code_version import code_version, without_credentials
+from grd.hardware.code_version import code_version
 from grd.hardware.cpu_details import cpu_details
 from grd.hardware.disks import is_network
 from grd.hardware.fingerprint import fingerprint
@@ -109,6 +109,26 @@ def test_an_instance_named_in_cuda_visible_devices_is_the_only_gpu_with_its_own_
     assert (gpu["device_count"], gpu["mig_profile"], gpu["multi_processor_count"]) == (1, "3g.20gb", 42)
     assert (gpu["total_memory_gb"], gpu["compute_capability"], gpu["peak_tflops"]) == (19.5, "8.0", None)
     assert not any("split" in note for note in profile["notes"])
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_of_two_instances_named_a_cuda_program_sees_the_first_and_the_profile_says_so(
+    profile_of: Any, monkeypatch: pytest.MonkeyPatch, order: tuple[int, int]
+) -> None:
+    names = [A100_SPLIT.instances[index].answers["GetUUID"] for index in order]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"0,{','.join(names)}")
+    profile = profile_of(H200, A100_SPLIT)
+    assert [gpu["uuid"] for gpu in profile["gpus"]] == names[:1]
+    assert profile["gpu"]["device_count"] == 1
+    assert any("first MIG instance alone" in note for note in profile["notes"])
+
+
+def test_a_mig_instance_that_is_not_there_by_this_name_is_to_be_written_out(
+    profile_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-2b6a0c")
+    profile = profile_of(A100_SPLIT)
+    assert profile["gpus"] == [] and "write a MIG instance's name out" in profile["reasons"]["gpu"]
 
 
 def test_a_part_with_the_whole_cards_name_but_not_its_memory_has_no_peak(profile_of: Any) -> None:
@@ -317,8 +337,40 @@ def test_packed_refs_linked_worktrees_and_detached_heads_are_read(repository: Pa
 def test_a_remotes_credentials_are_never_recorded(repository: Path) -> None:
     git(repository, "remote", "add", "origin", "https://me:secret@example.org/team/x.git?token=secret")
     assert code_version(repository).values["remote"] == "https://example.org/team/x.git"
-    assert without_credentials("git@example.org:team/x.git") == "git@example.org:team/x.git"
-    assert without_credentials("https://token@example.org/x") == "https://example.org/x"
+
+
+@pytest.mark.parametrize(
+    ("url", "kept"),
+    [
+        ("git@example.org:team/x.git", "git@example.org:team/x.git"),
+        ("https://token@example.org/x", "https://example.org/x"),
+        ("https://me:p@ss@example.org:8443/x.git", "https://example.org:8443/x.git"),
+        ("ssh://me@[::1]:22/x", "ssh://[::1]:22/x"),
+        ("https://example.org/x#token", "https://example.org/x"),
+        ("https://example.org/x?token=a#b", "https://example.org/x"),
+        ("oauth2:token@example.org:team/x.git", "example.org:team/x.git"),
+        ("oauth2:to/k@n@example.org:team/x.git", "example.org:team/x.git"),
+        ("/home/me@work/x.git", "/home/me@work/x.git"),
+        ("../x", "../x"),
+        ("https://me:pass/word@example.org/x", None),
+        ("https://me:pass?word@example.org/x", None),
+        ("https://me:pass#word@example.org/x", None),
+        ("https://me:123/word@example.org/x", None),
+        ("https://me:password", None),
+        ("token@example.org/x", None),
+        ("helper::https://me:password@example.org/x", None),
+    ],
+)
+def test_no_part_of_what_may_be_a_password_is_kept_of_a_remote(
+    repository: Path, url: str, kept: str | None
+) -> None:
+    git(repository, "config", "remote.origin.url", url)
+    config = repository / ".git/config"
+    config.write_text(config.read_text().rstrip() + ("" if "#" in url else " # password") + "\n")
+    told = code_version(repository, ask_git=False)
+    assert told.values["remote"] == kept
+    if kept is None:
+        assert "may hold a password" in told.reasons["remote"]
 
 
 @pytest.mark.parametrize("broken", ["empty", "nonsense", "no commit"])

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,12 @@ import pytest
 from conftest import Project
 from test_research import PARAMETERS, TRAIN
 
+from grd.errors import RunNotFound, UsageError
 from grd.hardware import benchmark as measuring
-from grd.hardware import capture_hardware_profile, compare_profiles
+from grd.hardware import capture_hardware_profile, compare_profiles, matmul_program
 from grd.hardware.comparison import machine_change
+from grd.interfaces.cli.main import main
+from grd.steps.profiles import profile_named
 
 GIB = 1024**3
 
@@ -62,6 +65,7 @@ def test_one_machine_twice_does_not_differ() -> None:
         ("disk.fs_type", "nfs4", "cost"),
         ("gpus", [{"name": "NVIDIA H200"}], "results"),
         ("hostname", "elsewhere", "nothing"),
+        ("cpu.governor", "a governor", "cost"),
     ],
 )
 def test_a_difference_says_what_it_can_change(path: str, value: Any, can_change: str) -> None:
@@ -92,6 +96,28 @@ def test_other_code_or_another_name_is_no_other_machine() -> None:
     assert machine_change(profile, changed(changed(profile, "code.commit", "0"), "hostname", "x")) is None
     change = machine_change(profile, changed(profile, "cpu.brand", "Another CPU"))
     assert change is not None and change.endswith("-> Another CPU")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "can_change"),
+    [("mig_enabled", True, "results"), ("ecc_enabled", False, "results"), ("compute_mode", "x", "cost")],
+)
+def test_how_a_device_is_set_is_compared_and_told_at_a_resume(
+    field: str, value: Any, can_change: str
+) -> None:
+    before = {"gpus": [{"mig_enabled": False, "ecc_enabled": True, "compute_mode": "default"}]}
+    now = {"gpus": [{**before["gpus"][0], field: value}]}
+    (found,) = compare_profiles(before, now)
+    assert (found.field, found.can_change) == (f"gpus.0.{field}", can_change)
+    change = machine_change(before, now)
+    assert change is not None and field in change
+
+
+def test_what_is_no_profile_can_be_compared_all_the_same() -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(5000):
+        deep = {"cpu": deep}
+    assert compare_profiles({"gpus": 3, "cpu": deep}, {"gpus": {"0": 1}}) == []
 
 
 # --- the commands, and a resume
@@ -146,13 +172,107 @@ def test_profiles_are_named_by_run_file_or_now_and_mistakes_are_one_line(project
         assert done.code == code and done.err.count("\n") == 1, done.err
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"schema": "grd.hardware/1", "gpus": 3}', "no list of devices"),
+        ('{"schema": "grd.hardware/1", "gpus": [3]}', "no list of devices"),
+        ('{"schema": "grd.hardware/1", "cpu": {"brand": NaN}}', "JSON compliant"),
+        ('{"schema": "grd.hardware/1", "memory": {"limit_gb": 1e999}}', "JSON compliant"),
+        ('{"schema": "grd.hardware/1", "cpu": {"brand": "\\ud800"}}', "surrogates"),
+        ("[" * 200_000, "nested too deeply"),
+    ],
+    ids=["gpus", "device", "nan", "infinite", "half a character", "deep"],
+)
+def test_a_file_that_holds_no_profile_is_one_line(project: Project, text: str, says: str) -> None:
+    (project.path / "a.json").write_text(text)
+    done = project.grd("hardware", "diff", "a.json", "a.json", "--json")
+    assert done.code == 2 and done.err.count("\n") == 1 and says in done.err, done.err
+
+
+def test_names_that_can_be_no_files_are_one_line(project: Project) -> None:
+    for name in ("x" * 300, "x" * 300 + "@1", "last@" + "9" * 5000, f"/home/me@host/{'x' * 300}"):
+        done = project.grd("hardware", "diff", name)
+        assert done.code in (2, 66) and done.err.count("\n") == 1, done.err
+
+
+def test_a_file_in_a_folder_that_may_not_be_entered_is_said_to_be_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)  # root may enter any folder
+    with pytest.raises(UsageError, match="Permission denied"):
+        profile_named("/locked/a.json", tmp_path)
+
+
+def test_a_run_folder_whose_path_holds_an_at_sign_is_found(tmp_path: Path) -> None:
+    run = tmp_path / "me@host/experiments/20260101-000000-train-0a0a"
+    for folder, brand in ((run, "newest"), (run / "attempts/1", "first")):
+        folder.mkdir(parents=True, exist_ok=True)
+        told = {"schema": "grd.hardware/1", "cpu": {"brand": brand}}
+        (folder / "hardware.json").write_text(json.dumps(told))
+    (run / "run.json").write_text("{}")
+    found = [profile_named(f"{run}{at}", tmp_path)["cpu"]["brand"] for at in ("", "@1")]
+    assert found == ["newest", "first"]
+    with pytest.raises(RunNotFound, match="no run"):
+        profile_named(str(run.with_name("another")), tmp_path)
+
+
+@pytest.mark.parametrize("command", [("explore",), ("hardware", "show"), ("status",)])
+def test_a_command_in_a_folder_that_was_deleted_is_one_line(
+    project: Project, command: tuple[str, ...]
+) -> None:
+    place = project.path / "gone"
+    place.mkdir()
+    program = "import os, sys; os.rmdir(os.getcwd()); from grd.interfaces.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command],
+        cwd=place,
+        env={**project.environment, "PYTHONPATH": str(Path(measuring.__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "was deleted" in done.stderr
+
+
 # --- measuring
 
 
+def load_is(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    """Others use this share of all processors."""
+    load = share * (os.cpu_count() or 1)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+
+
+class Clock:
+    """Time that passes only where something is done."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(matmul_program.time, "perf_counter", lambda: self.now)
+
+    def product(self, size: int, *, first: float = 0.0, prepare: float = 0.0) -> Callable[[], None]:
+        """A product on a machine of 1 TFLOP/s, whose first one takes ``first`` seconds more."""
+        self.now += prepare * size**2
+        more = [first]
+
+        def once() -> None:
+            self.now += 2 * size**3 / 1e12 + (more.pop() if more else 0.0)
+
+        return once
+
+
 def quick(monkeypatch: pytest.MonkeyPatch, asked: list[str]) -> None:
+    load_is(monkeypatch, 0.1)
+
     def compute() -> dict[str, Any]:
         asked.append("compute")
-        return {"matmul": [], "memory_bandwidth_gbs": None, "device": None}
+        told = {"device": None, "library": "numpy", "threads": 2}
+        return {"matmul": [], "memory_bandwidth_gbs": None, **told}
 
     def disk(folder: Path) -> dict[str, Any]:
         asked.append("disk")
@@ -187,7 +307,7 @@ def test_another_disk_of_the_same_machine_is_measured_alone(
 
 def test_the_disk_is_really_written_and_nothing_stays(tmp_path: Path) -> None:
     told = measuring.measure_disk(tmp_path, seconds=0.05)
-    assert told["bytes"] >= measuring.CHUNK_BYTES
+    assert told["bytes"] >= measuring.FIRST_BYTES
     assert told["write_mbs"] > 0 and told["fsync_ms"] > 0
     assert list(tmp_path.iterdir()) == []
 
@@ -212,6 +332,100 @@ def test_products_are_really_made_and_rates_are_finite() -> None:
     rows = {row["dtype"]: row for row in found["matmul"]}
     assert rows["fp32"]["tflops"] > 0 and rows["fp32"]["repeats"] >= 1
     assert found["memory_bandwidth_gbs"] > 0
+
+
+def test_a_first_product_that_waits_for_threads_does_not_keep_products_small(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock(monkeypatch)
+    found = matmul_program.measure_products(lambda size: clock.product(size, first=0.05), 1.0)
+    assert found["size"] >= 2048
+    assert found["tflops"] == pytest.approx(1.0)
+    assert clock.now <= 101.0
+
+
+@pytest.mark.parametrize("prepare", [0.0, 1e-8, 1e-7])
+def test_measuring_products_ends_in_time_however_long_preparing_takes(
+    monkeypatch: pytest.MonkeyPatch, prepare: float
+) -> None:
+    clock = Clock(monkeypatch)
+    matmul_program.measure_products(lambda size: clock.product(size, prepare=prepare), 1.0)
+    assert clock.now <= 101.0
+
+
+def test_measuring_everything_takes_its_seconds_and_no_more(tmp_path: Path) -> None:
+    pytest.importorskip("numpy")
+    assert measuring.PRODUCT_SECONDS + measuring.DISK_SECONDS <= 5
+    found = measuring.measure_compute(seconds=0.6)
+    assert 0 < found["seconds"] < 5  # of a machine that may be busy with other tests
+
+
+def test_figures_of_a_busy_machine_are_told_with_a_warning_and_not_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+    quick(monkeypatch, asked)
+    here = {"fingerprint": "a"}
+    load_is(monkeypatch, 2.0)
+    for _ in range(2):
+        busy = measuring.benchmark(tmp_path, profile=here)
+        assert busy["cached"] is False and "busy" in busy["warning"]
+    assert measuring.last_benchmark("a") is None
+    load_is(monkeypatch, 0.1)
+    assert measuring.benchmark(tmp_path, profile=here)["warning"] is None
+    load_is(monkeypatch, 2.0)
+    kept = measuring.benchmark(tmp_path, profile=here)
+    assert (kept["cached"], kept["warning"]) == (True, None)
+    measuring.benchmark(tmp_path, profile=here, again=True)
+    assert measuring.benchmark(tmp_path, profile=here)["load"] == kept["load"]
+
+
+def test_the_command_warns_of_a_busy_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick(monkeypatch, [])
+    load_is(monkeypatch, 2.0)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["benchmark", "--json"])
+    told = capsys.readouterr()
+    assert ended.value.code == 0
+    assert json.loads(told.out)["warning"] in told.err
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        dict.clear,
+        lambda entry: entry.pop("disks"),
+        lambda entry: entry.update(compute={}),
+        lambda entry: entry["disks"].update({"/": 3}),
+        lambda entry: entry.update(load=999999.0),
+    ],
+)
+def test_what_is_kept_and_damaged_or_was_measured_under_load_is_measured_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spoil: Callable[[dict[str, Any]], Any]
+) -> None:
+    asked: list[str] = []
+    quick(monkeypatch, asked)
+    here = {"fingerprint": "a"}
+    measuring.benchmark(tmp_path, profile=here)
+    place = tmp_path / "state/benchmarks.json"
+    kept = json.loads(place.read_text())
+    spoil(kept["machines"]["a"])
+    place.write_text(json.dumps(kept))
+    assert measuring.benchmark(tmp_path, profile=here)["cached"] is False
+    assert asked == ["compute", "disk"] * 2
+
+
+def test_a_partition_has_no_share_of_the_whole_cards_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(memory: int) -> Any:
+        rows = [{"dtype": "bf16", "tflops": 100.0}]
+        answer = {"device": "AMD Instinct MI300X", "device_memory_bytes": memory, "matmul": rows}
+        monkeypatch.setattr(measuring, "run_limited", lambda *_: json.dumps(answer).encode())
+        return measuring.measure_compute()["matmul"][0]["peak_tflops"]
+
+    assert (told(192 * 10**9), told(48 * 10**9)) == (1307.4, None)
 
 
 def test_a_machine_that_cannot_be_measured_says_why_and_is_asked_again(

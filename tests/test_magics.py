@@ -496,6 +496,7 @@ def test_what_a_tracked_cell_raises_passes_and_what_it_used_is_told(loaded: Kern
     assert failed.content["ename"] == "ZeroDivisionError"
     trace = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(failed.errors[0]["traceback"]))
     assert f"{4 if wait else 3} 1 / divisor" in trace, "with its own line, counted as in the cell"
+    assert f"Cell In[{failed.content['execution_count']}], line {4 if wait else 3}" in trace
     assert failed.plain.startswith("until it failed: wall ")
     assert loaded.value("[used['completed'], divisor]") == [False, 0]
     broken = loaded.type(f"%%grd track\n{wait}1 +")
@@ -510,6 +511,8 @@ def test_what_a_tracked_cell_raises_passes_and_what_it_used_is_told(loaded: Kern
         ("%%grd track --nope\nran = True", "No such option"),
         ("%%grd track --nope\nran = True\nawait ran", "No such option"),
         ("%%grd track -o 1st\nran = True", "'1st' is no name of a variable"),
+        ("%%grd track -o class\nran = True", "'class' is no name of a variable"),
+        ("%%grd track -o __builtins__\nran = True", "'__builtins__' is a name of Python's own"),
         ("%%grd track 'unfinished\nran = True", "No closing quotation"),
         ("%grd track", "put %%grd track above"),
     ],

@@ -93,6 +93,13 @@ UNKNOWN = [
     "Tesla",
     "",
     "NVIDIA A40 (Mock)",
+    "AMD A10",
+    "AMD T4",
+    "AMD Tesla T4",
+    "AMD H200",
+    "AMD GeForce RTX 4090",
+    "NVIDIA Instinct MI300X",
+    "Tesla GeForce RTX 4090",
 ]
 
 
@@ -117,6 +124,16 @@ def test_a_device_without_bf16_units_has_no_bf16_peak(name: str, rate: float) ->
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_a_name_that_only_resembles_a_known_one_has_no_peak(name: str) -> None:
     assert [peak_tflops(name, dtype) for dtype in DTYPES] == [None] * 4
+
+
+@pytest.mark.parametrize("name", [None, 3, b"Tesla T4"])
+def test_what_is_no_name_has_no_peak(name: object) -> None:
+    assert peak_tflops(name, "fp16") is None
+
+
+def test_a_partition_under_the_whole_cards_name_has_no_peak() -> None:
+    assert peak_tflops("NVIDIA H200", "bf16", 140.0) == 989.5
+    assert peak_tflops("NVIDIA H200", "bf16", 35.0) is None
 
 
 @pytest.mark.parametrize("dtype", ["torch.bfloat16", "bfloat16", "BF16", " bf16 "])

@@ -66,7 +66,7 @@ EXACT = """\
 
 WIDE = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")  # UTF-16 and UTF-32 are refused, see below
 any_text = st.binary(max_size=200).filter(
-    lambda data: START not in data and END not in data and not data.startswith(WIDE)
+    lambda data: START not in data and END not in data and not data.startswith(WIDE) and b"\0" not in data
 )
 
 
@@ -99,6 +99,21 @@ def test_unknown_values_read_unknown_or_not_applicable_and_never_none_or_zero() 
         "- **Compute Capability:** N/A",
     ):
         assert f"\n{line}\n" in section
+
+
+@pytest.mark.parametrize(
+    "measured",
+    [
+        {"compute": {}},
+        {"disks": {}},
+        {"compute": None, "disks": None},
+        {"compute": {"matmul": None}, "disks": {"/": {}}},
+        {"compute": {"matmul": [{}]}, "disks": {"/": {"write_mbs": None}}},
+    ],
+)
+def test_a_measurement_that_lacks_a_part_is_rendered_without_it(measured: dict[str, Any]) -> None:
+    section = render_hardware_section({"measured": measured})
+    assert "### Measured" in section and "None" not in section
 
 
 def test_no_gpu_is_said_in_the_exact_words_with_the_reason_on_the_next_line() -> None:
@@ -194,8 +209,22 @@ def test_a_body_that_holds_a_marker_is_refused() -> None:
         START + START + END,
         START + END + END,
         codecs.BOM_UTF16_LE + "text".encode("utf-16-le"),
+        "text\n".encode("utf-16-le"),
+        "text\n".encode("utf-16-be"),
+        "text\n".encode("utf-32-le"),
     ],
-    ids=["no end", "no start", "order", "two sections", "two starts", "two ends", "utf-16"],
+    ids=[
+        "no end",
+        "no start",
+        "order",
+        "two sections",
+        "two starts",
+        "two ends",
+        "utf-16",
+        "16 le",
+        "16 be",
+        "32",
+    ],
 )
 def test_damaged_markers_are_an_error_and_the_file_stays_untouched(tmp_path: Path, content: bytes) -> None:
     report = tmp_path / "REPORT.md"
@@ -226,6 +255,14 @@ def test_a_linked_report_stays_a_link_and_its_target_is_edited(tmp_path: Path) -
     assert link.is_symlink()
     assert target.read_text().startswith("mine\n")
     assert "text" in target.read_text()
+
+
+def test_a_hard_linked_report_leaves_the_other_name_its_content(tmp_path: Path) -> None:
+    report, other = tmp_path / "REPORT.md", tmp_path / "other.md"
+    report.write_text("mine\n")
+    other.hardlink_to(report)
+    write_section(report, "hardware", "text")
+    assert other.read_text() == "mine\n" and report.read_text().startswith("mine\n\n<!--")
 
 
 def test_a_link_to_nothing_makes_what_it_points_to(tmp_path: Path) -> None:

@@ -144,7 +144,8 @@ def _rate(profile: Mapping[str, Any], dtype: str, reasons: dict[str, str]) -> tu
     if name is None:
         reasons["rate"] = f"how fast this processor is in {dtype} was not measured; see: grd benchmark"
         return None, "the processor's rate is not known"
-    peak = peak_tflops(name, dtype)
+    memory = gpu.get("total_memory_gb") if gpu else None
+    peak = peak_tflops(name, dtype, memory if isinstance(memory, int | float) else None)
     if peak is None:
         reasons["gpu_tflops"] = f"no datasheet rate of {name} in {dtype} is known; see: grd benchmark"
         reasons["rate"] = reasons["gpu_tflops"]

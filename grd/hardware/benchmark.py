@@ -29,11 +29,15 @@ from grd.hardware.peaks import peak_tflops
 SCHEMA = "grd.benchmark/1"
 PRODUCT_SECONDS = 3.0
 DISK_SECONDS = 1.5
-"""Measuring takes 5 s at most, besides the 2 s that importing torch takes."""
+"""Measuring takes 5 s at most. Importing torch and starting CUDA, which take longer, are not counted."""
 LIMIT_SECONDS = 120.0
 """For a process that hangs; a first use of CUDA takes up to half a minute on large machines."""
 MACHINES_KEPT = 32
 
+BUSY = 0.5
+"""The share of the processors that others may use: of a machine busier than that, nothing is kept."""
+
+FIRST_BYTES = 1024**2
 CHUNK_BYTES = 16 * 1024**2
 WRITE_BYTES = 128 * 1024**2
 FSYNCS = 5
@@ -45,15 +49,52 @@ def _cache_file() -> Path:
 
 def _kept(cache: Path) -> dict[str, dict[str, Any]]:
     try:
-        return {str(key): dict(value) for key, value in read_json(cache)["machines"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        machines = read_json(cache)["machines"].items()
+        return {str(key): value for key, value in machines if _is_whole(value)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 
+def _is_whole(entry: Any) -> bool:
+    """Whether this is what `benchmark` keeps: anybody may have written into the file."""
+    if not isinstance(entry, dict) or not entry.keys() >= {"measured_at", "seconds", "load"}:
+        return False
+    compute, disks = entry.get("compute"), entry.get("disks")
+    return (
+        isinstance(compute, dict)
+        and compute.keys() >= _COMPUTE
+        and _rows_are_whole(compute["matmul"], _PRODUCT)
+        and isinstance(disks, dict)
+        and _rows_are_whole(list(disks.values()), _DISK)
+    )
+
+
+_COMPUTE = {"matmul", "memory_bandwidth_gbs", "device", "library", "threads"}
+_PRODUCT = {"dtype", "tflops", "peak_tflops", "share_of_peak"}
+_DISK = {"path", "write_mbs", "fsync_ms"}
+
+
+def _rows_are_whole(rows: Any, names: set[str]) -> bool:
+    return isinstance(rows, list) and all(isinstance(row, dict) and row.keys() >= names for row in rows)
+
+
+def _load() -> float | None:
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def _too_busy(load: Any) -> bool:
+    """Whether others kept the machine so busy that what was measured says little of it.
+
+    The load average counts the whole machine, in a container too, and so does the number of processors.
+    """
+    return isinstance(load, int | float) and load > BUSY * (os.cpu_count() or 1)
+
+
 def last_benchmark(fingerprint: str | None, cache: Path | None = None) -> dict[str, Any] | None:
-    """What was measured on the machine of this fingerprint: compute, and disks by mount point."""
+    """What was measured on the machine of this fingerprint while it was quiet: compute, disks by mount."""
     with contextlib.suppress(GrdError, OSError, ImportError, RuntimeError):
-        return _kept(cache or _cache_file()).get(fingerprint or "")
+        found = _kept(cache or _cache_file()).get(fingerprint or "")
+        return None if found is None or _too_busy(found["load"]) else found
     return None
 
 
@@ -84,11 +125,16 @@ def measure_compute(seconds: float = PRODUCT_SECONDS) -> dict[str, Any]:
     except (OSError, RuntimeError, ValueError) as error:  # TimeoutError is an OSError
         return {"matmul": [], "memory_bandwidth_gbs": None, "reason": describe(error)}
     for row in found.setdefault("matmul", []):
-        peak = peak_tflops(found["device"], row["dtype"]) if found["device"] else None
+        peak = peak_tflops(found["device"], row["dtype"], _gibibytes(found)) if found["device"] else None
         row["peak_tflops"] = peak
         row["share_of_peak"] = round(row["tflops"] / peak, 3) if peak and row["tflops"] else None
     found.setdefault("memory_bandwidth_gbs", None)
     return found
+
+
+def _gibibytes(found: Mapping[str, Any]) -> float | None:
+    total = found.get("device_memory_bytes")
+    return total / 1024**3 if total else None
 
 
 def measure_disk(folder: Path, seconds: float = DISK_SECONDS) -> dict[str, Any]:
@@ -103,22 +149,29 @@ def measure_disk(folder: Path, seconds: float = DISK_SECONDS) -> dict[str, Any]:
         if usage.f_bavail * usage.f_frsize < 4 * WRITE_BYTES:
             return {**told, "reason": "too little room on the disk to measure"}
         # Random, or a file system that compresses would write next to nothing.
-        block = os.urandom(CHUNK_BYTES)
+        block = memoryview(os.urandom(CHUNK_BYTES))
+        give_up = time.perf_counter() + seconds
         with tempfile.TemporaryFile(dir=folder, prefix=".grd-benchmark-", buffering=0) as file:
-            latencies = []
+            latencies: list[float] = []
             for _ in range(FSYNCS):
                 began = time.perf_counter()
+                if latencies and began + latencies[-1] > give_up - seconds / 2:
+                    break
                 file.write(block[:4096])
                 os.fsync(file.fileno())
                 latencies.append(time.perf_counter() - began)
             written, began = 0, time.perf_counter()
-            while written < WRITE_BYTES and (written == 0 or time.perf_counter() - began < seconds):
-                view = memoryview(block)
+            size = FIRST_BYTES
+            while size >= FIRST_BYTES and written < WRITE_BYTES:
+                view = block[:size]
                 while view:
                     view = view[file.write(view) :]
                 os.fsync(file.fileno())
-                written += CHUNK_BYTES
-            elapsed = time.perf_counter() - began
+                written += size
+                elapsed = time.perf_counter() - began
+                # No more than what is written until then, at the rate up to now.
+                left = give_up - time.perf_counter()
+                size = min(CHUNK_BYTES, WRITE_BYTES - written, int(written / elapsed * left))
     except OSError as error:
         return {**told, "reason": describe(error)}
     return {
@@ -146,8 +199,10 @@ def benchmark(
 ) -> dict[str, Any]:
     """Measure this machine and the disk of ``folder``, or say what was measured on it before.
 
-    ``again`` measures in any case. The answer has fingerprint, measured_at, seconds, load (the load average
-    before it), compute, disk and cached. Raises ResourceUnavailable if the machine has no fingerprint.
+    ``again`` measures in any case. The answer has fingerprint, measured_at, seconds (of measuring), load
+    (the higher load average of before and after), compute, disk, cached, and a warning where the machine
+    was so busy that nothing was kept, else None. Raises ResourceUnavailable if the machine has no
+    fingerprint.
     """
     if profile is None:
         from grd.hardware.profile import capture_hardware_profile
@@ -161,16 +216,23 @@ def benchmark(
     known = None if again else last_benchmark(fingerprint, place)
     found: dict[str, Any] = known or {"disks": {}}
     cached = known is not None and mount in known["disks"]
+    warning = None
     if not cached:
-        began = time.monotonic()
-        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+        load, seconds = _load(), 0.0
         if known is None:
             found = {"disks": {}, "compute": measure_compute()}
+            seconds = found["compute"].get("seconds") or 0.0
+        began = time.monotonic()
         found["disks"][mount] = measure_disk(folder)
+        found["seconds"] = round(seconds + time.monotonic() - began, 2)
         found["measured_at"] = datetime.now(UTC).isoformat(timespec="seconds")
-        found["seconds"] = round(time.monotonic() - began, 2)
-        found["load"] = load
-        if "reason" not in found["compute"]:
+        found["load"] = max((each for each in (load, _load()) if each is not None), default=None)
+        if _too_busy(found["load"]):
+            warning = (
+                f"the machine was busy (load {found['load']:.1f} on {os.cpu_count()} processors): these "
+                "figures are too low, and are not kept; measure again when it is quiet: grd benchmark"
+            )
+        elif "reason" not in found["compute"]:
             _keep(fingerprint, found, place)
     return {
         "schema": SCHEMA,
@@ -179,6 +241,7 @@ def benchmark(
         "measured_at": found["measured_at"],
         "seconds": found["seconds"],
         "load": found["load"],
+        "warning": warning,
         "compute": found["compute"],
         "disk": {**found["disks"][mount], "mount": mount},
     }

@@ -20,6 +20,15 @@ GIT_SECONDS = 5.0
 
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
+_LOCAL = re.compile(r"/(?!/)|\.\.?/|~|file:///", re.IGNORECASE)
+_HOST = r"(?:\[[0-9a-f:.%]+\]|[\w.-]+)"
+# The user is all up to the last "@". None may follow: what stands before it might still be the password's.
+_URL = re.compile(
+    rf"(?P<before>[a-z][a-z0-9+.-]*://)([^/?#]*@)?(?P<host>{_HOST}(?::\d*)?)(?P<path>[/?#][^@]*)?",
+    re.IGNORECASE,
+)
+_SCP = re.compile(rf"(?P<user>.*@)?(?P<host>{_HOST})(?P<path>:(?!:|//)[^@]*)", re.IGNORECASE)
+
 
 @dataclass(frozen=True)
 class Repository:
@@ -71,10 +80,22 @@ def _head(repository: Repository) -> tuple[str | None, str | None]:
     return _resolve(repository, ref), ref.removeprefix("refs/heads/")
 
 
-def without_credentials(url: str) -> str:
-    """A remote's URL without user and password, and without a query, which may hold a token."""
-    bare = re.sub(r"^([a-z][a-z0-9+.-]*://)[^/@]*@", r"\1", url.strip(), flags=re.IGNORECASE)
-    return bare.partition("?")[0]
+def without_credentials(url: str) -> str | None:
+    """A remote's URL without user, password, query and fragment, any of which may be a secret.
+
+    None where it cannot be told whether a part of a password is left: passwords hold "/", "@", "?" and "#",
+    too. The user git of "git@host:path" stays, as it is everybody's. A path on this machine is no URL.
+    """
+    url = url.strip()
+    if _LOCAL.match(url):
+        return url
+    if parts := _URL.fullmatch(url):
+        before = parts["before"]
+    elif "://" not in url and (parts := _SCP.fullmatch(url)):
+        before = "git@" if parts["user"] == "git@" else ""
+    else:
+        return None
+    return f"{before}{parts['host']}{re.split('[?#]', parts['path'] or '')[0]}"
 
 
 def _remote(repository: Repository) -> str | None:
@@ -82,7 +103,14 @@ def _remote(repository: Repository) -> str | None:
     text = (repository.common / "config").read_text("utf-8", "replace")
     config.read_string("\n".join(line.strip() for line in text.splitlines()))
     url = config.get('remote "origin"', "url", fallback=None)
-    return without_credentials(url) if url else None
+    if not url:
+        return None
+    # As git reads it: what stands in quotes, else what stands before a comment.
+    url = url.strip('"') if url.startswith('"') else re.split("[#;]", url)[0]
+    bare = without_credentials(url)
+    if bare is None:
+        raise ValueError("the URL of origin may hold a password, and is not kept")
+    return bare
 
 
 def _changes(repository: Repository) -> str:

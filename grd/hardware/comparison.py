@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from grd.hardware.facts import one_line
+
 RESULTS, COST, NOTHING = "results", "cost", "nothing"
 
 EFFECTS: tuple[tuple[str, str, str], ...] = (
@@ -14,11 +16,15 @@ EFFECTS: tuple[tuple[str, str, str], ...] = (
     (r"cpu\.(brand|architecture|flags)", RESULTS, "other instructions round and sum in another order"),
     (r"cpu\.cores_usable", RESULTS, "other numbers of threads sum in another order"),
     (r"cpu\.(cores_\w+|frequency_max_mhz|sockets|threads_per_core|numa_nodes|l3_cache_bytes)", COST, "speed"),
+    (r"cpu\.governor", COST, "how soon the processor is at its full speed"),
     (r"memory\.(total_gb|limit_gb|shm_gb|swap_total_gb)", COST, "what fits into memory"),
     (r"disk(\.root|\.checkpoints)?\.(fs_type|network|total_gb)", COST, "speed of saving and loading"),
     (r"gpus\.count", RESULTS, "work is split among another number of devices"),
     (r"gpus\.\d+\.(name|compute_capability|mig_profile|architecture)", RESULTS, "other kernels are chosen"),
     (r"gpus\.\d+\.(driver_version|cuda_version)", RESULTS, "other kernels may be chosen"),
+    (r"gpus\.\d+\.mig_enabled", RESULTS, "a part of a card has fewer processors than the card"),
+    (r"gpus\.\d+\.ecc_enabled", RESULTS, "without it a bit that flips changes a number unseen"),
+    (r"gpus\.\d+\.compute_mode", COST, "how many processes may use the device"),
     (
         r"gpus\.\d+\.(total_memory_gb|power_limit_w|clock_\w+|pcie_\w+_max|nvlinks_active)",
         COST,
@@ -39,6 +45,8 @@ EFFECTS: tuple[tuple[str, str, str], ...] = (
 
 _FITTING = tuple((re.compile(pattern), effect, why) for pattern, effect, why in EFFECTS)
 _ASKED_WHERE_IMPORTED = re.compile(r"numerics\.torch_\w+")
+_HINDERS = re.compile(r"memory\.limit_gb|gpus\.\d+\.compute_mode")
+"""What changes no result, but may keep a run from going on."""
 _ORDER = (RESULTS, COST, NOTHING)
 
 
@@ -62,23 +70,31 @@ class Difference:
 
 def _shown(value: Any, other: Any) -> str:
     if isinstance(value, list) and isinstance(other, list):
-        return "+".join(str(item) for item in value if item not in other) or "(less)"
+        return one_line("+".join(str(item) for item in value if item not in other)) or "(less)"
     if isinstance(value, float):
         return f"{value:.1f}"
-    return "unknown" if value is None else str(value)
+    return "unknown" if value is None else one_line(value)
 
 
-def _fields(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
+_DEEPEST = 4
+"""Names in the longest name of a field that is compared; what lies deeper is one value."""
+
+
+def _fields(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and depth < _DEEPEST:
         for name, item in value.items():
-            yield from _fields(item, f"{path}.{name}" if path else str(name))
+            yield from _fields(item, f"{path}.{name}" if path else str(name), depth + 1)
     else:
         yield path, value
 
 
 def comparable_fields(profile: Mapping[str, Any]) -> dict[str, Any]:
-    """The profile's fields by name ("cpu.brand", "gpus.0.name"), with gpus.count."""
-    gpus = profile.get("gpus") or []
+    """The profile's fields by name ("cpu.brand", "gpus.0.name"), with gpus.count.
+
+    What is no list of devices counts as none: a profile may come from anybody's file.
+    """
+    listed = profile.get("gpus")
+    gpus = listed if isinstance(listed, list) else []
     named = {**profile, "gpus": {str(index): gpu for index, gpu in enumerate(gpus)}}
     return {"gpus.count": len(gpus), **dict(_fields({**named, "reasons": None, "gpu": None}))}
 
@@ -120,7 +136,7 @@ def machine_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | N
         str(difference)
         for difference in compare_profiles(before, now)
         if (difference.can_change == RESULTS and not difference.field.startswith("code."))
-        or difference.field == "memory.limit_gb"
+        or _HINDERS.fullmatch(difference.field)
     ]
     if not told:
         return None

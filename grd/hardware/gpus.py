@@ -137,12 +137,11 @@ def _peaks(device: Facts) -> Facts:
     if device.values.get("mig_enabled"):
         reason, row = "a card that is split by MIG has no peak of its own", None
     else:
-        row = peaks_of(device.values["name"] or "")
+        name, memory = device.values["name"], device.values["total_memory_gb"]
+        row = peaks_of(name, memory)
         reason = "no datasheet of a device of this name is on grd's list; see: grd benchmark"
-        memory = device.values["total_memory_gb"]
-        # A partition of an AMD card has the whole card's name, but not its memory.
-        if row is not None and row.memory_gb and memory and memory * GIBIBYTE < 0.8e9 * row.memory_gb:
-            row, reason = None, "its memory is not that of the whole card of this name"
+        if row is None and peaks_of(name) is not None:
+            reason = "its memory is not that of the whole card of this name"
     known = {} if row is None else {name: rate for name, rate in row.tflops.items() if rate is not None}
     facts.put("peak_tflops", known or None, reason)
     facts.put("peak_source", row.source if row else None, reason)

@@ -1,5 +1,7 @@
 """Measures matrix products and memory: ``python matmul_program.py SECONDS`` prints one JSON object.
 
+``seconds`` in it is what measuring took, without importing the library and starting CUDA.
+
 A program of its own, without any import of grd: it loads torch or numpy, which the process that wants to
 know need not do, and it can be killed when it takes too long.
 """
@@ -16,35 +18,60 @@ from typing import Any
 SMALLEST, LARGEST = 256, 16384
 SLOW_ENOUGH = 0.02
 """Seconds of one product from which on its size is large enough for a clock."""
+TRIES = 3
+"""Calls by the fastest of which a size is judged: any one may have waited for threads or for a core."""
 COPY_BYTES = {"cpu": 64 * 1024**2, "cuda": 1024**3}
 
 
-def measure_rate(once: Callable[[], None], seconds: float) -> tuple[float, int]:
-    """Median seconds of one call of ``once``, and the number of calls that fitted into ``seconds``."""
+def _timed(once: Callable[[], None]) -> float:
+    began = time.perf_counter()
     once()
-    times: list[float] = []
-    give_up = time.perf_counter() + seconds
-    while not times or time.perf_counter() < give_up:
-        began = time.perf_counter()
-        once()
-        times.append(time.perf_counter() - began)
+    return time.perf_counter() - began
+
+
+def measure_rate(once: Callable[[], None], give_up: float) -> tuple[float, int]:
+    """Median seconds of one call of ``once``, and the number of calls that fit in until ``give_up``.
+
+    ``give_up`` is a time of `time.perf_counter`. The first call, which warms up, does not count.
+    """
+    once()
+    times = [_timed(once)]
+    while time.perf_counter() + times[-1] < give_up:
+        times.append(_timed(once))
     return statistics.median(times), len(times)
 
 
 def measure_products(prepare: Callable[[int], Callable[[], None]], seconds: float) -> dict[str, Any]:
     """TFLOP/s of products of two square matrices; ``prepare(size)`` gives a function that makes one."""
-    began, size = time.perf_counter(), SMALLEST
-    once = prepare(size)
-    while size < LARGEST:
-        each, _ = measure_rate(once, 0)
-        left = seconds - (time.perf_counter() - began)
-        # A product of twice the size takes eight times as long, and is made thrice at least.
-        if each >= SLOW_ENOUGH or each * 8 * 3 > left:
+    give_up, size = time.perf_counter() + seconds, SMALLEST
+    while True:
+        began = time.perf_counter()
+        once = prepare(size)
+        preparing = time.perf_counter() - began
+        once()
+        each = min(_timed(once) for _ in range(TRIES))
+        # Twice the size takes four times as long to prepare and eight times as long to multiply, which is
+        # done at least as often as here and twice after it.
+        needed = 4 * preparing + 8 * each * (TRIES + 3)
+        if each >= SLOW_ENOUGH or size >= LARGEST or time.perf_counter() + needed > give_up:
             break
         size *= 2
-        once = prepare(size)
-    each, repeats = measure_rate(once, max(0.0, seconds - (time.perf_counter() - began)))
+    each, repeats = measure_rate(once, give_up)
     return {"tflops": 2 * size**3 / each / 1e12, "size": size, "repeats": repeats}
+
+
+class _Shares:
+    """The time that is left until the end, in equal shares: a part that took longer leaves the rest less."""
+
+    def __init__(self, seconds: float, parts: int) -> None:
+        self.began = time.perf_counter()
+        self._end, self._parts = self.began + seconds, parts
+
+    def next(self) -> float:
+        """Seconds for the next part."""
+        share = max(0.0, self._end - time.perf_counter()) / self._parts
+        self._parts -= 1
+        return share
 
 
 def with_torch(torch: Any, seconds: float) -> dict[str, Any]:
@@ -54,7 +81,9 @@ def with_torch(torch: Any, seconds: float) -> dict[str, Any]:
     if device == "cuda":
         types = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-    share = seconds / (len(types) + 1)
+    torch.ones(1, device=device)  # starts CUDA, which takes seconds
+    wait()
+    shares = _Shares(seconds, len(types) + 1)
     rows: list[dict[str, Any]] = []
     for name, dtype in types.items():
 
@@ -71,7 +100,7 @@ def with_torch(torch: Any, seconds: float) -> dict[str, Any]:
 
         torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
         try:
-            rows.append({"dtype": name, **measure_products(prepare, share)})
+            rows.append({"dtype": name, **measure_products(prepare, shares.next())})
         except (RuntimeError, NotImplementedError) as error:
             lines = str(error).splitlines()
             rows.append(
@@ -84,10 +113,13 @@ def with_torch(torch: Any, seconds: float) -> dict[str, Any]:
         target.copy_(source)
         wait()
 
-    each, _ = measure_rate(copy, share)
+    each, _ = measure_rate(copy, time.perf_counter() + shares.next())
+    memory = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else None
     return {
+        "seconds": time.perf_counter() - shares.began,
         "library": f"torch {torch.__version__}",
         "device": torch.cuda.get_device_name(0) if device == "cuda" else None,
+        "device_memory_bytes": memory,
         "kind": "gpu" if device == "cuda" else "cpu",
         "threads": None if device == "cuda" else torch.get_num_threads(),
         "matmul": rows,
@@ -97,20 +129,22 @@ def with_torch(torch: Any, seconds: float) -> dict[str, Any]:
 
 def with_numpy(numpy: Any, seconds: float) -> dict[str, Any]:
     """Products in fp32 and a copy in memory, on the CPU."""
-    share, random = seconds / 2, numpy.random.default_rng(0)
+    shares, random = _Shares(seconds, 2), numpy.random.default_rng(0)
 
     def prepare(size: int) -> Callable[[], None]:
         a, b = (random.standard_normal((size, size), dtype=numpy.float32) for _ in range(2))
         out = numpy.empty_like(a)
         return lambda: numpy.matmul(a, b, out=out)
 
-    products = {"dtype": "fp32", **measure_products(prepare, share)}
+    products = {"dtype": "fp32", **measure_products(prepare, shares.next())}
     source = numpy.ones(COPY_BYTES["cpu"] // 4, dtype=numpy.float32)
     target = numpy.empty_like(source)
-    each, _ = measure_rate(lambda: numpy.copyto(target, source), share)
+    each, _ = measure_rate(lambda: numpy.copyto(target, source), time.perf_counter() + shares.next())
     return {
+        "seconds": time.perf_counter() - shares.began,
         "library": f"numpy {numpy.__version__}",
         "device": None,
+        "device_memory_bytes": None,
         "kind": "cpu",
         "threads": None,
         "matmul": [products],

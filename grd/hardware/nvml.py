@@ -9,7 +9,7 @@ from typing import Any
 from grd.hardware.facts import Facts, describe
 from grd.hardware.nvml_details import nvml_details, unknown_details
 from grd.hardware.nvml_details import text as _text
-from grd.hardware.visible import VARIABLE, order_is_doubtful, visible_devices
+from grd.hardware.visible import VARIABLE, enumerated_by_cuda, order_is_doubtful, visible_devices
 
 GIBIBYTE = 1024**3
 
@@ -79,7 +79,9 @@ def _select(nvml: Any, environment: Mapping[str, str], driver: Facts) -> GpuFind
     devices = [_listed(nvml, index)[1] for index in range(count)]
     setting = environment.get(VARIABLE)
     chosen: list[Facts] = []
-    for entry in visible_devices(setting, [facts.values["uuid"] for facts in devices]):
+    named = visible_devices(setting, [facts.values["uuid"] for facts in devices])
+    entries = enumerated_by_cuda(named)
+    for entry in entries:
         if isinstance(entry, int):
             chosen.append(devices[entry])
             continue
@@ -89,8 +91,14 @@ def _select(nvml: Any, environment: Mapping[str, str], driver: Facts) -> GpuFind
             break  # CUDA's list ends at the first entry that names nothing, too
     if not chosen:
         hidden = f"{VARIABLE}={setting!r} selects none of the {count} GPU(s) of this machine"
+        if entries:
+            hidden += "; write a MIG instance's name out as nvidia-smi -L does"
         return GpuFinding(source="nvml", reason=hidden, final=True, **known)
     notes = []
+    if len(entries) < len(named):
+        notes.append(
+            f"{VARIABLE} names {len(named)} devices: a CUDA program sees the first MIG instance alone"
+        )
     if order_is_doubtful(environment, [facts.values["name"] for facts in devices]):
         notes.append(
             f"{VARIABLE} counts GPUs in CUDA's order, which the driver cannot tell for mixed models: "

@@ -30,14 +30,24 @@ def visible_devices(setting: str | None, uuids: Sequence[str | None]) -> list[in
                 break
             device = matches[0]
         else:
-            digits = re.match(r"\d+", entry)
-            if digits is None or int(digits[0]) >= len(uuids):
+            digits = re.match(r"0*([0-9]{1,9})(?![0-9])", entry)
+            if digits is None or int(digits[1]) >= len(uuids):
                 break
-            device = int(digits[0])
+            device = int(digits[1])
         if device in chosen:
             return []
         chosen.append(device)
     return chosen
+
+
+def enumerated_by_cuda(chosen: Sequence[int | str]) -> list[int | str]:
+    """What one CUDA process makes of `visible_devices`: of several MIG instances the first, and it alone.
+
+    As in NVIDIA's MIG user guide, "CUDA Device Enumeration": a process enumerates a single compute
+    instance, and beside one no whole GPU.
+    """
+    instance = next((entry for entry in chosen if isinstance(entry, str)), None)
+    return list(chosen) if instance is None else [instance]
 
 
 def visible_amd_devices(

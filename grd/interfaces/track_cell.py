@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import contextlib
 import inspect
+import keyword
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 import click
@@ -19,6 +21,7 @@ from grd.tracking import ResourceTracker, resource_usage_to_dict
 
 SCHEMA = "grd.track/1"
 MEBIBYTE = 1024**2
+_CELL = re.compile(r"In\[(\d+)\]")
 _FIRST_LINE = re.compile(r"^%%grd[ \t]+(?P<rest>track\b.*)$")
 
 
@@ -31,8 +34,12 @@ class Options:
 
 
 def _variable(context: click.Context, option: click.Parameter, name: str | None) -> str | None:
-    if name is not None and not name.isidentifier():
+    if name is None:
+        return None
+    if not name.isidentifier() or keyword.iskeyword(name):
         raise click.BadParameter(f"{name!r} is no name of a variable")
+    if name.startswith("__"):
+        raise click.BadParameter(f"{name!r} is a name of Python's own; choose another variable")
     return name
 
 
@@ -64,11 +71,27 @@ class _Program:
         return self.statements, self.expression
 
 
+def _number(shell: Any) -> int:
+    """The number of the cell that is executed here, as tracebacks are to name it.
+
+    It is that of the cell whose code is on the stack: IPython counts on before a cell in some versions and
+    after it in others.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        told = shell.compile.format_code_name(frame.f_code.co_filename)
+        number = _CELL.fullmatch(told[1]) if told else None
+        if number:
+            return int(number[1])
+        frame = frame.f_back
+    return int(shell.execution_count)
+
+
 def _compile(shell: Any, cell: str) -> _Program:
     """Raises SyntaxError. Lines are numbered as in the whole cell, whose first is the magic's own."""
     source = "\n" + shell.transform_cell(cell)
     # Known to the compiler's cache under a name of this cell's: so a traceback can show its lines.
-    name = shell.compile.cache(source, shell.execution_count, raw_code=cell)
+    name = shell.compile.cache(source, _number(shell), raw_code=cell)
     awaits = (
         shell.compile.extra_flags(ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
         if shell.autoawait

@@ -238,7 +238,7 @@ def find_run(runs_dir: Path, name: str) -> RunFolder:
     Raises RunNotFound with what to type next.
     """
     as_path = Path(name)
-    if ("/" in name or name in (".", "..")) and is_there(RunFolder(as_path.resolve()).record):
+    if ("/" in name or name in (".", "..")) and is_there(RunFolder(as_path).record):
         return RunFolder(as_path.resolve())
     exact = RunFolder(runs_dir / name)
     if name and "/" not in name and is_there(exact.record):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
-from grd.errors import NotFoundError, UsageError
+from grd.errors import NotFoundError, RunNotFound, UsageError
 from grd.files import read_json
+from grd.hardware.facts import one_line
 from grd.runs.folder import RunFolder, find_run
 
 NOW = "now"
@@ -23,13 +26,29 @@ def profile_named(name: str, runs_dir: Path) -> dict[str, Any]:
         from grd.hardware import capture_hardware_profile
 
         return capture_hardware_profile()
-    if Path(name).is_file():
+    if _is_file(name):
         return _read(Path(name), f"{name} holds no hardware profile; write one: grd hardware show --json")
-    run, at, number = name.rpartition("@")
-    if at and not number.isdecimal():
+    try:
+        return _of_run(find_run(runs_dir, name), None)  # a folder's own path may hold an "@"
+    except RunNotFound:
+        run, at, number = name.rpartition("@")
+        if not at or "/" in number:
+            raise
+    if not _NUMBER.fullmatch(number):
         raise UsageError(f"{name}: what follows @ must be the number of an attempt, as in last@1")
-    folder = find_run(runs_dir, run if at else name)
-    return _of_run(folder, int(number) if at else None)
+    return _of_run(find_run(runs_dir, run), int(number))
+
+
+_NUMBER = re.compile(r"[0-9]{1,9}")
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except PermissionError as error:
+        raise UsageError(f"{name} cannot be read ({error.strerror}); name another file or a run") from None
+    except OSError:
+        return False  # such as a name that is longer than any file's
 
 
 def _of_run(folder: RunFolder, number: int | None) -> dict[str, Any]:
@@ -43,9 +62,16 @@ def _of_run(folder: RunFolder, number: int | None) -> dict[str, Any]:
 def _read(path: Path, problem: str) -> dict[str, Any]:
     try:
         value = read_json(path)
+        # What can be read and not be printed: NaN, infinite numbers, halves of characters.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (OSError, ValueError) as error:
-        raise UsageError(f"{problem} ({error})") from None
+        raise UsageError(f"{problem} ({one_line(error)})") from None
+    except RecursionError:
+        raise UsageError(f"{problem} (it is nested too deeply)") from None
     profile = value.get("profile", value) if isinstance(value, dict) else value
     if not isinstance(profile, dict) or not str(profile.get("schema", "")).startswith("grd.hardware/"):
         raise UsageError(problem)
+    gpus = profile.get("gpus") or []
+    if not isinstance(gpus, list) or not all(isinstance(gpu, dict) for gpu in gpus):
+        raise UsageError(f"{problem} (its gpus are no list of devices)")
     return profile

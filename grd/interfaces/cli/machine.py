@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,16 +22,29 @@ from grd.steps import run as runs
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
+LONGEST_INTERVAL = 86400.0
+
+
+class _Interval(click.FloatRange):
+    """Seconds; "nan", which is neither below nor above anything, is no number of them."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        seconds = super().convert(value, param, ctx)
+        if math.isnan(seconds):
+            self.fail(f"{value!r} is no number of seconds", param, ctx)
+        return seconds
+
+
 @click.command(cls=AnsweringCommand)
 @click.option("--watch", is_flag=True, help="Again and again, until Ctrl-C; with --json a line a sample.")
 @click.option(
     "--interval",
-    type=click.FloatRange(0.01),
+    type=_Interval(0.01, LONGEST_INTERVAL),
     default=2.0,
     show_default=True,
     help="Seconds between two samples.",
 )
-@click.option("--samples", type=click.IntRange(1), metavar="N", help="With --watch: stop after N samples.")
+@click.option("--samples", type=click.IntRange(1), metavar="N", help="Stop after N samples; needs --watch.")
 @click.option("--mock", is_flag=True, help="Invent three GPUs to try things out; also GRD_GPU_MOCK=1.")
 @click.option("--seed", type=int, help="Makes what --mock invents repeatable.")
 @_json
@@ -38,6 +52,8 @@ def gpus(
     watch: bool, interval: float, samples: int | None, mock: bool, seed: int | None, as_json: bool
 ) -> Answer:
     """What each GPU of this machine is doing now. What the driver does not tell is shown as "-"."""
+    if samples is not None and not watch:
+        raise click.UsageError("--samples needs --watch: without it one sample is shown")
     with GPUMonitor(True if mock else None, seed=seed) as monitor:
         if monitor.mock_mode:
             say("these GPUs are invented: nothing was measured")
@@ -119,12 +135,16 @@ def _cell(value: float | None, unit: str = "") -> str:
 def benchmark(again: bool, as_json: bool) -> Answer:
     """Measure this machine for five seconds: matrix products, memory, and writing to the project's disk.
 
-    The figures are kept for this machine, and stand in its profile ("measured") from then on.
+    The figures are kept for this machine, and stand in its profile ("measured") from then on; not those of
+    a machine that others keep busy, which is measured anew the next time. Not counted are loading the
+    profile and torch, and starting CUDA, which take some seconds more.
     """
     from grd.hardware import benchmark as measuring
 
     say("measuring, unless this machine was measured before")
     found = measuring.benchmark(find_project_root(Path.cwd()), again=again)
+    if found["warning"]:
+        say(f"warning: {found['warning']}")
     return Answer(document=found, lines=_benchmark_lines(found), as_json=as_json)
 
 
@@ -138,14 +158,14 @@ def _benchmark_lines(found: dict[str, Any]) -> list[str]:
         lines.append(f"On        {what}, with {compute['library']}")
     for row in compute["matmul"]:
         if row["tflops"] is None:
-            lines.append(f"{row['dtype']:<9} not measured: {row['reason']}")
+            lines.append(f"{row['dtype']:<9} not measured: {row.get('reason')}")
             continue
         share = f", {row['share_of_peak']:.0%} of {row['peak_tflops']:g}" if row["share_of_peak"] else ""
-        lines.append(f"{row['dtype']:<9} {row['tflops']:.3g} TFLOP/s{share} (size {row['size']})")
+        lines.append(f"{row['dtype']:<9} {row['tflops']:.3g} TFLOP/s{share} (size {row.get('size')})")
     if compute["memory_bandwidth_gbs"]:
         lines.append(f"Memory    {compute['memory_bandwidth_gbs']:.1f} GB/s copied")
     if disk["write_mbs"] is None:
-        lines.append(f"Disk      not measured: {disk['reason']}")
+        lines.append(f"Disk      not measured: {disk.get('reason')}")
     else:
         lines.append(
             f"Disk      {disk['write_mbs']:.0f} MB/s written with fsync, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from pathlib import Path
 
 import click
 from click.shell_completion import CompletionItem
@@ -108,6 +109,14 @@ def cli(ctx: click.Context, debug: bool) -> None:
     ctx.ensure_object(Surface).debug = debug
 
 
+def _folder_is_gone() -> bool:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return True
+    return False
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs a command and exits with its code; errors are one line."""
     args = sys.argv[1:] if arguments is None else arguments
@@ -127,6 +136,11 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         click.echo(f"grd: {' '.join(str(error).split())}", err=True)
         code = exit_codes.of_error(error)
+    except FileNotFoundError:
+        if debug or not _folder_is_gone():
+            raise
+        click.echo("grd: the folder this was typed in was deleted; cd to one that is there", err=True)
+        code = exit_codes.USAGE
     except BrokenPipeError:
         # The reader went away (`grd logs | head`): nothing to say, and nobody to say it to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
