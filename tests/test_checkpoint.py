@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import datetime
+import enum
+import io
 import json
 import os
 import pickle
@@ -112,6 +115,112 @@ def test_arrays_sets_and_odd_keys_come_back_as_they_were(tmp_path: Path) -> None
     assert {k: back[k] for k in ("scalar", "set", 1, "big", "__grd__", "python")} == {
         k: state[k] for k in ("scalar", "set", 1, "big", "__grd__", "python")
     }
+
+
+class Colour(enum.IntEnum):
+    RED = 1
+
+
+class Named(enum.StrEnum):
+    A = "a"
+
+
+def counted() -> collections.OrderedDict[str, Any]:
+    value = collections.OrderedDict(w=1)
+    value.note = object()  # type: ignore[attr-defined]
+    return value
+
+
+def noted(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.note = object()  # type: ignore[attr-defined]
+    return tensor
+
+
+KEPT = [
+    np.float32(0.1), np.float16(0.1), np.int64(3), np.bool_(True), np.str_("x"), np.datetime64("2026-01-02"),
+    bytearray(b"ab"), collections.defaultdict(int, a=1), collections.defaultdict(list, a=[np.float32(1)]),
+    collections.Counter(a=np.int64(2)), collections.OrderedDict([(np.int64(2), 1), ("b", {1})]),
+    10**700, 10**5000, -(2**2041), {10**700: 1},
+]  # fmt: skip
+REFUSED = [
+    Colour.RED, Named.A, counted(), collections.defaultdict(lambda: 1), collections.deque([1]),
+    collections.namedtuple("Point", "x")(1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("value", KEPT, ids=lambda value: type(value).__name__)
+def test_values_come_back_with_their_types(tmp_path: Path, value: Any, async_save: bool) -> None:
+    keeper = handler(tmp_path, async_save=async_save)
+    keeper.save_checkpoint(0, state={"k": value})
+    loaded = keeper.load_checkpoint()
+    assert loaded is not None
+    back = loaded["state"]["k"]
+    assert type(back) is type(value) and bool(back == value)
+    if isinstance(value, collections.defaultdict):
+        assert back.default_factory is value.default_factory
+    if isinstance(value, dict):
+        assert [type(part) for pair in back.items() for part in pair] == [
+            type(part) for pair in value.items() for part in pair
+        ]
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("value", REFUSED, ids=lambda value: type(value).__name__)
+def test_values_that_would_come_back_changed_are_refused_at_save_with_their_key(
+    tmp_path: Path, value: Any, async_save: bool
+) -> None:
+    keeper = handler(tmp_path, async_save=async_save)
+    with pytest.raises(CheckpointRefused, match=r"cannot store state\.k\b"):
+        keeper.save_checkpoint(0, state={"k": value})
+    assert not list(tmp_path.glob("*.pt"))
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("kind", [torch.Tensor, torch.nn.Parameter])
+def test_attributes_of_tensors_are_left_behind(tmp_path: Path, kind: Any, async_save: bool) -> None:
+    keeper = handler(tmp_path, async_save=async_save)
+    tensor = noted(torch.nn.Parameter(torch.ones(2)) if kind is torch.nn.Parameter else torch.ones(2))
+    keeper.save_checkpoint(0, state={"k": tensor})
+    loaded = keeper.load_checkpoint()
+    assert loaded is not None and type(loaded["state"]["k"]) is kind and not vars(loaded["state"]["k"])
+    assert loaded["state"]["k"].requires_grad == tensor.requires_grad and hasattr(tensor, "note")
+
+
+def test_too_deep_and_endless_containers_are_refused_with_their_key(tmp_path: Path) -> None:
+    deep: dict[str, Any] = {}
+    inner = deep
+    for _ in range(900):
+        inner["a"] = inner = {}
+    endless: dict[str, Any] = {}
+    endless["m"] = endless
+    keeper = handler(tmp_path)
+    for value in (deep, endless):
+        with pytest.raises(CheckpointRefused, match=r"cannot store state\.[am]\..*200 containers"):
+            keeper.save_checkpoint(0, state=value)
+        with pytest.raises(CheckpointRefused, match=r"cannot store metadata\.[am]\..*200 containers"):
+            keeper.save_checkpoint(0, {}, {}, 0.0, value)
+
+
+def test_a_file_of_the_version_before_comes_back_as_it_did(tmp_path: Path) -> None:
+    """It wrote arrays, sets and odd keys so, and had plain values for the rest."""
+    stream = io.BytesIO()
+    np.save(stream, np.arange(3))
+    marked = {
+        "array": {
+            "__grd__": "npy",
+            "data": torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8),
+        },
+        "set": {"__grd__": "set", "items": [1, 2]},
+        "odd": {"__grd__": "dict", "items": [["__grd__", 1], [{"__grd__": "frozenset", "items": [1]}, 2]]},
+        "scalar": 0.5,
+    }
+    torch.save({"epoch": 0, "state": marked}, tmp_path / "checkpoint_epoch_0.pt")
+    loaded = handler(tmp_path).load_checkpoint()
+    assert loaded is not None
+    back = loaded["state"]
+    assert back["array"].tolist() == [0, 1, 2] and back["set"] == {1, 2} and back["scalar"] == 0.5
+    assert back["odd"] == {"__grd__": 1, frozenset({1}): 2}
 
 
 def test_metadata_becomes_json_when_it_is_saved(tmp_path: Path) -> None:

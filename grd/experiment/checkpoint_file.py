@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import zipfile
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -249,10 +250,10 @@ def _to_json(value: Any, members: list[bytes]) -> Any:
         return [_to_json(item, members) for item in value]
     if kind is tuple:
         return {MARK: "tuple", "items": [_to_json(item, members) for item in value]}
-    if all(type(key) is str for key in value):
+    if kind is dict and all(type(key) is str for key in value):
         return {key: _to_json(item, members) for key, item in value.items()}
     pairs = [[_to_json(key, members), _to_json(item, members)] for key, item in value.items()]
-    return {MARK: "keys", "items": pairs}
+    return {MARK: "keys", **({} if kind is dict else {"kind": kind.__name__}), "items": pairs}
 
 
 def _read_plain(archive: zipfile.ZipFile) -> Any:
@@ -273,7 +274,15 @@ def _read_plain(archive: zipfile.ZipFile) -> Any:
         if mark == "tuple":
             return tuple(revive(item) for item in node["items"])
         if mark == "keys":
-            return {revive(key): revive(item) for key, item in node["items"]}
+            pairs = {revive(key): revive(item) for key, item in node["items"]}
+            kind = node.get("kind")
+            return (
+                OrderedDict(pairs)
+                if kind == "OrderedDict"
+                else Counter(pairs)
+                if kind == "Counter"
+                else pairs
+            )
         return {key: revive(item) for key, item in node.items()}
 
     return revive(json.load(io.TextIOWrapper(archive.open(_STATE_MEMBER), encoding="utf-8")))
