@@ -90,7 +90,7 @@ def _listed(
         return None  # pruned just now by the training
     if path not in known and (verify or _has_other_size(version, size)):
         on_file(path, size)
-        known[path] = checkpoint_folder.check(path, version.entries)
+        known[path] = checkpoint_folder.check_version(version)
     reason, entry = known.get(path, (None, None))
     if entry is None:
         entry = next((item for item in version.entries if item.size == size), None)
