@@ -6,6 +6,7 @@ import collections
 import enum
 import hashlib
 import json
+import math
 import os
 import pickle
 import random
@@ -675,7 +676,16 @@ def test_a_save_that_fails_is_told_and_the_training_goes_on(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "arguments",
-    [(-1, {}), (1.5, {}), (True, {}), (1, {"every": 0}), (1, {"every": "soon"}), (1, {"state": 3})],
+    [
+        (-1, {}),
+        (1.5, {}),
+        (True, {}),
+        (1, {"every": 0}),
+        (1, {"every": "soon"}),
+        (1, {"state": 3}),
+        (1, {"resume": "False"}),
+        (1, {"seed": "abc"}),
+    ],
 )
 def test_wrong_arguments_are_refused_before_anything_starts(arguments: tuple[Any, dict[str, Any]]) -> None:
     with pytest.raises(UsageError):
@@ -690,6 +700,17 @@ def test_verify_resume_compares_and_leaves_the_generators_alone() -> None:
     assert torch.equal(torch.rand(1), expected)
     with pytest.raises(ResumeError):
         training.verify_resume(lambda: 0.6, {"loss": 0.5})
+    assert math.isnan(training.verify_resume(lambda: math.nan, {"loss": math.nan}))
+    for pair in ((math.nan, 0.5), (0.5, math.nan)):
+        with pytest.raises(ResumeError):
+            training.verify_resume(lambda value=pair[0]: value, {"loss": pair[1]})
+
+
+def test_the_history_keeps_infinities_apart_from_nan(tmp_path: Path) -> None:
+    for epoch in training.epochs(1, checkpoint_dir=tmp_path):
+        epoch.log(up=math.inf, down=-math.inf, none=math.nan)
+    list(training.epochs(1, checkpoint_dir=tmp_path, resume=True))
+    assert repr(training.history) == "[{'epoch': 0, 'up': inf, 'down': -inf, 'none': nan}]"
 
 
 # --- loaders ----------------------------------------------------------------------------------------------
