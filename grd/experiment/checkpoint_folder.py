@@ -100,6 +100,14 @@ class Scan:
     damaged_lines: tuple[int, ...] = ()
 
 
+def loop_folders(folder: Path) -> list[Path]:
+    """``folder``, in which the first training loop of a run saves, and ``loop-<n>`` of each further one."""
+    further = []
+    with contextlib.suppress(OSError):
+        further = [path for path in folder.glob("loop-*") if path.name[5:].isdecimal() and path.is_dir()]
+    return [folder, *sorted(further, key=lambda path: int(path.name[5:]))]
+
+
 def versions(folder: Path) -> list[Version]:
     """All versioned files, newest first; names that are not ours are ignored."""
     lines = read_lines(folder)
