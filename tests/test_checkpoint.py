@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import datetime
+import enum
+import io
 import json
 import os
 import pickle
@@ -12,6 +15,7 @@ import subprocess
 import sys
 import threading
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,13 @@ import torch
 import xxhash
 from conftest import cannot_be_had
 
-from grd.errors import CheckpointCorrupt, CheckpointError, CheckpointFenced, CheckpointRefused
+from grd.errors import (
+    CheckpointCorrupt,
+    CheckpointError,
+    CheckpointFenced,
+    CheckpointRefused,
+    UsageError,
+)
 from grd.experiment import CheckpointHandler, set_aside
 from grd.experiment.manifest import read_manifest
 
@@ -38,8 +48,10 @@ def handler(folder: Path, **options: Any) -> CheckpointHandler:
 def as_another_process(folder: Path) -> None:
     """Make what is in the folder look like the work of an earlier process."""
     path = folder / "manifest.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps({**line, "process": "1-gone"}) + "\n" for line in lines))
+    lines = [{**json.loads(line), "process": "1-gone"} for line in path.read_text().splitlines()]
+    for line in lines:
+        line.pop("line_xxh3_64")
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -112,6 +124,112 @@ def test_arrays_sets_and_odd_keys_come_back_as_they_were(tmp_path: Path) -> None
     assert {k: back[k] for k in ("scalar", "set", 1, "big", "__grd__", "python")} == {
         k: state[k] for k in ("scalar", "set", 1, "big", "__grd__", "python")
     }
+
+
+class Colour(enum.IntEnum):
+    RED = 1
+
+
+class Named(enum.StrEnum):
+    A = "a"
+
+
+def counted() -> collections.OrderedDict[str, Any]:
+    value = collections.OrderedDict(w=1)
+    value.note = object()  # type: ignore[attr-defined]
+    return value
+
+
+def noted(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.note = object()  # type: ignore[attr-defined]
+    return tensor
+
+
+KEPT = [
+    np.float32(0.1), np.float16(0.1), np.int64(3), np.bool_(True), np.str_("x"), np.datetime64("2026-01-02"),
+    bytearray(b"ab"), collections.defaultdict(int, a=1), collections.defaultdict(list, a=[np.float32(1)]),
+    collections.Counter(a=np.int64(2)), collections.OrderedDict([(np.int64(2), 1), ("b", {1})]),
+    10**700, 10**5000, -(2**2041), {10**700: 1},
+]  # fmt: skip
+REFUSED = [
+    Colour.RED, Named.A, counted(), collections.defaultdict(lambda: 1), collections.deque([1]),
+    collections.namedtuple("Point", "x")(1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("value", KEPT, ids=lambda value: type(value).__name__)
+def test_values_come_back_with_their_types(tmp_path: Path, value: Any, async_save: bool) -> None:
+    keeper = handler(tmp_path, async_save=async_save)
+    keeper.save_checkpoint(0, state={"k": value})
+    loaded = keeper.load_checkpoint()
+    assert loaded is not None
+    back = loaded["state"]["k"]
+    assert type(back) is type(value) and bool(back == value)
+    if isinstance(value, collections.defaultdict):
+        assert back.default_factory is value.default_factory
+    if isinstance(value, dict):
+        assert [type(part) for pair in back.items() for part in pair] == [
+            type(part) for pair in value.items() for part in pair
+        ]
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("value", REFUSED, ids=lambda value: type(value).__name__)
+def test_values_that_would_come_back_changed_are_refused_at_save_with_their_key(
+    tmp_path: Path, value: Any, async_save: bool
+) -> None:
+    keeper = handler(tmp_path, async_save=async_save)
+    with pytest.raises(CheckpointRefused, match=r"cannot store state\.k\b"):
+        keeper.save_checkpoint(0, state={"k": value})
+    assert not list(tmp_path.glob("*.pt"))
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("kind", [torch.Tensor, torch.nn.Parameter])
+def test_attributes_of_tensors_are_left_behind(tmp_path: Path, kind: Any, async_save: bool) -> None:
+    keeper = handler(tmp_path, async_save=async_save)
+    tensor = noted(torch.nn.Parameter(torch.ones(2)) if kind is torch.nn.Parameter else torch.ones(2))
+    keeper.save_checkpoint(0, state={"k": tensor})
+    loaded = keeper.load_checkpoint()
+    assert loaded is not None and type(loaded["state"]["k"]) is kind and not vars(loaded["state"]["k"])
+    assert loaded["state"]["k"].requires_grad == tensor.requires_grad and hasattr(tensor, "note")
+
+
+def test_too_deep_and_endless_containers_are_refused_with_their_key(tmp_path: Path) -> None:
+    deep: dict[str, Any] = {}
+    inner = deep
+    for _ in range(900):
+        inner["a"] = inner = {}
+    endless: dict[str, Any] = {}
+    endless["m"] = endless
+    keeper = handler(tmp_path)
+    for value in (deep, endless):
+        with pytest.raises(CheckpointRefused, match=r"cannot store state\.[am]\..*200 containers"):
+            keeper.save_checkpoint(0, state=value)
+        with pytest.raises(CheckpointRefused, match=r"cannot store metadata\.[am]\..*200 containers"):
+            keeper.save_checkpoint(0, {}, {}, 0.0, value)
+
+
+def test_a_file_of_the_version_before_comes_back_as_it_did(tmp_path: Path) -> None:
+    """It wrote arrays, sets and odd keys so, and had plain values for the rest."""
+    stream = io.BytesIO()
+    np.save(stream, np.arange(3))
+    marked = {
+        "array": {
+            "__grd__": "npy",
+            "data": torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8),
+        },
+        "set": {"__grd__": "set", "items": [1, 2]},
+        "odd": {"__grd__": "dict", "items": [["__grd__", 1], [{"__grd__": "frozenset", "items": [1]}, 2]]},
+        "scalar": 0.5,
+    }
+    torch.save({"epoch": 0, "state": marked}, tmp_path / "checkpoint_epoch_0.pt")
+    loaded = handler(tmp_path).load_checkpoint()
+    assert loaded is not None
+    back = loaded["state"]
+    assert back["array"].tolist() == [0, 1, 2] and back["set"] == {1, 2} and back["scalar"] == 0.5
+    assert back["odd"] == {"__grd__": 1, frozenset({1}): 2}
 
 
 def test_metadata_becomes_json_when_it_is_saved(tmp_path: Path) -> None:
@@ -283,6 +401,160 @@ def test_every_truncation_and_a_zeroed_page_is_detected(two_versions: Path) -> N
         assert loaded is not None and loaded["epoch"] == 0
 
 
+def everything_said(folder: Path) -> tuple[tuple[Any, Any, Any], list[str]]:
+    """Epochs according to load, hints and find (by the file's name), and what was warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = handler(folder).load_checkpoint()
+        hints, path = handler(folder).get_resumability_hints(), handler(folder).find_latest_checkpoint()
+    assert hints["checkpoint_path"] == path and hints["valid"] == hints["has_checkpoint"] == (
+        path is not None
+    )
+    said = (None if loaded is None else loaded["epoch"], hints["latest_epoch"], path and path.name)
+    return said, [str(item.message) for item in caught]
+
+
+@pytest.mark.parametrize("lineage", [1, 2])
+def test_a_flipped_bit_in_the_manifest_never_makes_an_older_epoch_win(tmp_path: Path, lineage: int) -> None:
+    keeper = handler(tmp_path)
+    if lineage == 2:
+        keeper.save_checkpoint(7, {"w": torch.ones(3)}, {}, 0.5)
+        keeper.begin_lineage()
+    for epoch in range(3):
+        keeper.save_checkpoint(epoch, {"w": torch.full((3,), float(epoch))}, {}, 0.5)
+    manifest = tmp_path / "manifest.jsonl"
+    good = manifest.read_bytes()
+    newest = good.index(b'{"name":"checkpoint_epoch_2.pt"')
+    dice = random.Random(4)
+    for position in [dice.randrange(len(good)) for _ in range(40)] + [newest, newest - 1, len(good) - 1]:
+        bad = bytearray(good)
+        bad[position] ^= 1 << dice.randrange(8)
+        manifest.write_bytes(bad)
+        said, messages = everything_said(tmp_path)
+        assert said == (2, 2, "checkpoint_epoch_2.pt"), bytes(bad[position - 20 : position + 5])
+        assert any("manifest.jsonl is damaged" in message for message in messages)
+
+
+def test_after_damage_to_the_manifest_a_new_lineage_still_wins(tmp_path: Path) -> None:
+    keeper = handler(tmp_path)
+    keeper.save_checkpoint(0, {}, {}, 0.0)
+    keeper.begin_lineage()
+    keeper.save_checkpoint(5, {}, {}, 0.0)
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"epoch":5', b'"epoch":4'))
+    keeper.begin_lineage()
+    keeper.save_checkpoint(1, {}, {}, 0.0)
+    assert everything_said(tmp_path)[0] == (1, 1, "checkpoint_epoch_1.pt")
+
+
+def test_a_damaged_line_does_not_make_a_damaged_file_good(tmp_path: Path) -> None:
+    for epoch in range(2):
+        handler(tmp_path).save_checkpoint(epoch, {"w": torch.ones(500)}, {}, 0.0)
+    manifest, newest = tmp_path / "manifest.jsonl", tmp_path / "checkpoint_epoch_1.pt"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"epoch":1', b'"epoch":3'))
+    bad = bytearray(newest.read_bytes())
+    bad[len(bad) // 2] ^= 1
+    (tmp_path / "checkpoint_latest.pt").unlink()
+    newest.write_bytes(bad)
+    assert everything_said(tmp_path)[0] == (0, 0, "checkpoint_epoch_0.pt")
+
+
+def test_a_manifest_of_the_version_before_has_no_checksums_and_is_good(tmp_path: Path) -> None:
+    handler(tmp_path).save_checkpoint(3, {}, {}, 0.0)
+    manifest = tmp_path / "manifest.jsonl"
+    record = json.loads(manifest.read_text())
+    record.pop("line_xxh3_64")
+    manifest.write_text(json.dumps(record) + "\n")
+    assert everything_said(tmp_path) == ((3, 3, "checkpoint_epoch_3.pt"), [])
+    manifest.write_text(
+        manifest.read_text() + '{"name":"checkpoint_epoch_3.pt","size":1e999}\n' + "[" * 10_000
+    )
+    said, messages = everything_said(tmp_path)
+    assert said == (3, 3, "checkpoint_epoch_3.pt")
+    assert sum("manifest.jsonl is damaged" in message for message in messages) == 2 * 3
+
+
+def test_a_later_epoch_from_elsewhere_is_passed_over_with_a_warning(tmp_path: Path) -> None:
+    handler(tmp_path).save_checkpoint(3, {}, {}, 0.0)
+    torch.save({"epoch": 9}, tmp_path / "checkpoint_epoch_9.pt")
+    said, messages = everything_said(tmp_path)
+    assert said == (3, 3, "checkpoint_epoch_3.pt")
+    assert all("checkpoint_epoch_9.pt looks newer" in message for message in messages) and len(messages) == 3
+
+
+def unopenable(path: Path) -> None:
+    """A zip whose checksums hold, in which torch finds nothing."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", "x")
+
+
+NO_CHECKPOINTS = {
+    "a zip of text": unopenable,
+    "a list": lambda path: torch.save([1], path),
+    "no JSON": lambda path: zipfile.ZipFile(path, "w").writestr("grd-state.json", "{"),
+}
+
+
+@pytest.mark.parametrize("name", ["checkpoint_epoch_3.pt", "checkpoint_latest.pt"])
+@pytest.mark.parametrize("kind", NO_CHECKPOINTS)
+def test_load_hints_and_find_pass_over_what_is_no_checkpoint(tmp_path: Path, kind: str, name: str) -> None:
+    NO_CHECKPOINTS[kind](tmp_path / name)
+    said, messages = everything_said(tmp_path)
+    assert said == (None, None, None) and len(messages) == 3 and all("passed over" in m for m in messages)
+    torch.save({"epoch": 1}, tmp_path / "checkpoint_epoch_1.pt")
+    assert everything_said(tmp_path)[0] == (1, 1, "checkpoint_epoch_1.pt")
+
+
+def test_load_hints_and_find_agree_on_an_epoch_that_is_no_number(tmp_path: Path) -> None:
+    torch.save({"epoch": "best"}, tmp_path / "checkpoint_latest.pt")
+    assert everything_said(tmp_path)[0] == (None, None, None)
+    torch.save({"epoch": "best"}, tmp_path / "checkpoint_epoch_4.pt")
+    assert everything_said(tmp_path)[0] == (4, 4, "checkpoint_epoch_4.pt")
+
+
+@pytest.mark.parametrize("name", ["checkpoint_epoch_1.pt", "checkpoint_latest.pt"])
+def test_load_hints_and_find_all_refuse_a_file_that_wants_code(tmp_path: Path, name: str) -> None:
+    torch.save({"epoch": 1, "model_state": Path("/x")}, tmp_path / name)
+    keeper = handler(tmp_path)
+    for look in (keeper.load_checkpoint, keeper.get_resumability_hints, keeper.find_latest_checkpoint):
+        with pytest.raises(CheckpointRefused, match="code"):
+            look()
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "a broken epoch": ({"epoch": 3.7}, UsageError, "epoch must be a whole number, not 3.7"),
+    "no epoch": ({"epoch": None}, UsageError, "epoch must be a whole number"),
+    "a text": ({"epoch": "3"}, UsageError, "epoch must be a whole number"),
+    "a step below zero": ({"epoch": 3, "step": -1}, UsageError, "step must be 0 or more"),
+    "no dictionary": ({"epoch": 3, "metadata": [1]}, CheckpointRefused, "metadata must be a dictionary"),
+    "keys that clash": (
+        {"epoch": 3, "metadata": {1: 0, "1": 0}},
+        CheckpointRefused,
+        "metadata: two of its keys",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_told_in_words_when_saving(tmp_path: Path, mistake: str) -> None:
+    arguments, kind, words = MISTAKES[mistake]
+    with pytest.raises(kind, match=words):
+        handler(tmp_path).save_checkpoint(**arguments)
+
+
+def test_mistakes_are_told_in_words_when_a_handler_is_made(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for folder, options, words in [
+        (file, {}, "is a file"),
+        (file / "below", {}, "is a file"),
+        (tmp_path, {"keep_bytes": "lots"}, "keep_bytes: 'lots' is no size"),
+        (tmp_path, {"resume": "False"}, "resume must be"),
+    ]:
+        with pytest.raises(UsageError, match=words):
+            handler(folder, **options)
+
+
 def test_damage_in_a_foreign_file_is_found_by_its_own_checksums(tmp_path: Path) -> None:
     torch.save({"epoch": 0, "model_state": {"w": torch.ones(2000)}}, tmp_path / "checkpoint_epoch_0.pt")
     path = tmp_path / "checkpoint_epoch_1.pt"
@@ -316,6 +588,7 @@ def test_a_crash_between_manifest_and_rename_keeps_the_old_file_good(tmp_path: P
     keeper = handler(tmp_path)
     keeper.save_checkpoint(5, {"w": 1}, {}, 0.0)
     entry = json.loads((tmp_path / "manifest.jsonl").read_text())
+    entry.pop("line_xxh3_64")
     with open(tmp_path / "manifest.jsonl", "a") as stream:
         stream.write(json.dumps({**entry, "xxh3_128": "0" * 32, "lineage": 2}) + "\n")
     loaded = handler(tmp_path).load_checkpoint()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import Project
+from test_json_shapes import documented
 from test_research import PARAMETERS, TICKS
 
 from grd import Run
@@ -52,7 +54,9 @@ def listed(project: Project, *arguments: str | Path, code: int = 0) -> list[dict
     answer = project.grd("checkpoints", *arguments, "--json")
     assert answer.code == code, answer.err
     assert answer.json["schema"] == "grd.checkpoints/1"
+    assert set(answer.json) == documented("grd.checkpoints/1")
     rows: list[dict[str, Any]] = answer.json["checkpoints"]
+    assert all(set(row) == documented("checkpoint") for row in rows)
     return rows
 
 
@@ -158,3 +162,56 @@ def test_what_cannot_be_done_is_refused_in_one_line(project: Project, tmp_path: 
         assert (refused.code, refused.out) == (code, ""), refused
         assert words in refused.err and refused.err.count("\n") == 1
     project.grd("stop", run, "--now")
+
+
+LOOP = """from grd.experiment import training
+for epoch in training.epochs(3, state={{"n": {0}}}, checkpoint_dir=checkpoint_dir, resume=resume, every=1):
+    epoch.log(loss=1.0)
+"""
+
+
+def test_every_loop_of_a_run_is_listed_verified_and_pruned(project: Project) -> None:
+    project.notebook("two.ipynb", LOOP.format(1), LOOP.format(2), parameters=PARAMETERS)
+    assert project.grd("research", "two.ipynb").code == 0
+    folder = project.only_run() / "checkpoints"
+    rows = listed(project, "last", "--verify")
+    assert [(row["loop"], row["epoch"]) for row in rows] == [(1, 2), (1, 1), (1, 0), (2, 2), (2, 1), (2, 0)]
+    assert [row["used_next"] for row in rows] == [True, False, False] * 2
+    shown = project.grd("checkpoints", "last").out
+    assert "training loop 1\n" in shown and "training loop 2\n" in shown and shown.count("<- resume") == 2
+    dry = project.grd("checkpoints", "last", "--prune", "--keep", "1", "--dry-run").out
+    assert (
+        "would delete checkpoint_epoch_0.pt\n" in dry and "would delete loop-2/checkpoint_epoch_0.pt" in dry
+    )
+    for path in (folder / "loop-2").glob("*.pt"):
+        flip(path)
+    rows = listed(project, "last", "--verify", code=1)
+    assert {row["verdict"] for row in rows if row["loop"] == 2} == {"damaged"}
+    assert {row["verdict"] for row in rows if row["loop"] == 1} == {"good"}
+    assert project.grd("checkpoints", "last").out.count("would begin anew") == 1
+    assert project.grd("checkpoints", "last", "--prune", "--keep", "1").code == 0
+    assert sorted(path.name for path in folder.glob("checkpoint_epoch_*")) == [
+        "checkpoint_epoch_1.pt",
+        "checkpoint_epoch_2.pt",
+    ]
+
+
+def test_a_record_damaged_by_hand_is_named_in_one_line(project: Project) -> None:
+    project.notebook("ticks.ipynb", "1", parameters=PARAMETERS)
+    assert project.grd("research", "ticks.ipynb").code == 0
+    run = project.only_run()
+    record = json.loads((run / "run.json").read_text())
+    broken: list[tuple[Any, str]] = [
+        ([], "holds a list"),
+        ({**record, "checkpoint_dir": 5}, "checkpoint_dir is a int"),
+        ({**record, "checkpointing": []}, "checkpointing is a list"),
+        ({name: record[name] for name in record if name != "checkpointing"}, "add --keep SIZE"),
+    ]
+    for content, words in broken:
+        (run / "run.json").write_text(json.dumps(content))
+        refused = project.grd("checkpoints", run.name, "--prune")
+        assert refused.code == 78 and words in refused.err, refused.err
+        assert refused.err.count("\n") == 1 and "Traceback" not in project.grd("status").err
+    assert project.grd("checkpoints", run.name, "--prune", "--keep", "1G").code == 0
+    empty = project.grd("checkpoints", "")
+    assert (empty.code, empty.out) == (2, "") and "RUN is empty" in empty.err

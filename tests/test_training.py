@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
+import enum
 import hashlib
 import json
+import math
 import os
 import pickle
 import random
@@ -426,6 +429,164 @@ def test_the_state_dictionary_is_updated_in_place(tmp_path: Path) -> None:
     assert training.state is again
 
 
+class Counting:
+    """What a stranger's model may be: its numbers in an attribute, and no ``state_dict()``."""
+
+    def __init__(self) -> None:
+        self.w = np.zeros(2)
+
+
+def add_one(part: Any) -> None:
+    with torch.no_grad():
+        if isinstance(part, Counting):
+            part.w = part.w + 1
+        elif isinstance(part, (torch.Tensor, np.ndarray)):
+            part += 1
+        else:
+            for inner in part.values() if isinstance(part, dict) else part:
+                add_one(inner)
+
+
+PARTS_WITHOUT_STATE_DICT = {
+    "an object": Counting,
+    "a tensor": lambda: torch.zeros(2),
+    "an array": lambda: np.zeros(2),
+    "tensors in a list": lambda: [torch.zeros(2), torch.zeros(1)],
+    "tensors in a tuple": lambda: (torch.zeros(2), torch.zeros(1)),
+    "tensors in a dictionary": lambda: {"a": {"w": torch.zeros(2)}},
+}
+
+
+@pytest.mark.parametrize("name", ["model", "ema"])
+@pytest.mark.parametrize("kind", PARTS_WITHOUT_STATE_DICT)
+def test_a_part_without_state_dict_is_the_notebooks_own_again(tmp_path: Path, kind: str, name: str) -> None:
+    part = PARTS_WITHOUT_STATE_DICT[kind]()
+    for _ in training.epochs(3, checkpoint_dir=tmp_path, allow_pickle=True, **{name: part}):
+        add_one(part)
+    again = PARTS_WITHOUT_STATE_DICT[kind]()
+    for _ in training.epochs(3, checkpoint_dir=tmp_path, resume=True, allow_pickle=True, **{name: again}):
+        raise AssertionError
+    assert repr(again.w if kind == "an object" else again) == repr(part.w if kind == "an object" else part)
+
+
+@pytest.mark.parametrize("part", [3, "text", (1, torch.zeros(1)), frozenset({1})], ids=repr)
+def test_a_part_that_could_not_be_put_back_is_refused_before_anything_starts(
+    tmp_path: Path, part: Any
+) -> None:
+    with pytest.raises(UsageError, match=r"epochs\(ema=\.\.\.\)"):
+        training.epochs(3, ema=part, checkpoint_dir=tmp_path)
+
+
+def test_a_tensor_of_another_shape_is_an_error_that_names_the_part(tmp_path: Path) -> None:
+    list(training.epochs(1, model=torch.zeros(2), checkpoint_dir=tmp_path))
+    with pytest.raises(ResumeError, match=r"does not fit model .*shape \(3,\)"):
+        list(training.epochs(2, model=torch.zeros(3), checkpoint_dir=tmp_path, resume=True))
+
+
+@pytest.mark.parametrize("place", ["model", "state"])
+def test_raw_parameters_stay_those_that_the_optimizer_knows(tmp_path: Path, place: str) -> None:
+    x = torch.arange(8.0).reshape(4, 2) / 8
+
+    def end(folder: Path, epochs: int, resume: bool) -> list[float]:
+        w = torch.zeros(2, requires_grad=True)
+        optimizer = torch.optim.SGD([w], lr=0.1, momentum=0.9)
+        parts: Any = {place: {"w": w}}
+        for _ in training.epochs(epochs, optimizer=optimizer, checkpoint_dir=folder, resume=resume, **parts):
+            optimizer.zero_grad()
+            ((x @ w - 1) ** 2).mean().backward()
+            optimizer.step()
+        return w.tolist()
+
+    whole = end(tmp_path / "whole", 4, False)
+    end(tmp_path / "parts", 2, False)
+    assert end(tmp_path / "parts", 4, True) == whole
+
+
+def test_models_inside_lists_and_dictionaries_of_the_state_come_back(tmp_path: Path) -> None:
+    def members() -> dict[str, Any]:
+        return {"members": [{"net": nn.Linear(2, 1), "name": "a"}], "pair": ({"net": nn.Linear(1, 1)}, 0)}
+
+    state = members()
+    for _ in training.epochs(2, state=state, checkpoint_dir=tmp_path):
+        add_one([*state["members"][0]["net"].parameters(), *state["pair"][0]["net"].parameters()])
+        state["members"][0]["name"] += "b"
+    again = members()
+    nets = again["members"][0]["net"], again["pair"][0]["net"]
+    list(training.epochs(2, state=again, checkpoint_dir=tmp_path, resume=True))
+    assert (again["members"][0]["net"], again["pair"][0]["net"]) == nets
+    assert again["members"][0]["name"] == "abb"
+    for net, trained in zip(nets, (state["members"][0]["net"], state["pair"][0]["net"]), strict=True):
+        assert repr_of(net.state_dict()) == repr_of(trained.state_dict())
+
+
+def test_an_object_that_no_resume_could_fill_is_refused_at_save(tmp_path: Path) -> None:
+    state: dict[str, Any] = {"best": None}
+    with pytest.raises(CheckpointRefused, match=r"state\.best "):
+        for _ in training.epochs(2, state=state, checkpoint_dir=tmp_path):
+            state["best"] = nn.Linear(1, 1)
+
+
+class Phase(enum.IntEnum):
+    WARM = 1
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_the_state_comes_back_with_its_types_and_without_what_was_removed(
+    tmp_path: Path, async_save: bool
+) -> None:
+    def fresh() -> dict[str, Any]:
+        return {
+            "todo": {"a": 1, "b": 2}, "scratch": 1, "seen": [], "half": np.float32(0), "raw": bytearray(b"x"),
+            "own": collections.defaultdict(lambda: 7), "classes": {}, "names": {"x"},
+        }  # fmt: skip
+
+    state = fresh()
+    for epoch in training.epochs(2, state=state, checkpoint_dir=tmp_path, async_save=async_save):
+        state["todo"].pop("ab"[epoch])
+        state.pop("scratch", None)
+        state["seen"].append(epoch)
+        state["half"] += np.float32(0.1)
+        state["raw"].append(98)
+        state["own"][int(epoch)] += 1
+        state["classes"].setdefault("new", collections.defaultdict(int))[int(epoch)] += 1
+        state["names"].add(str(int(epoch)))
+    again = fresh()
+    seen, own = again["seen"], again["own"]
+    list(training.epochs(2, state=again, checkpoint_dir=tmp_path, resume=True))
+    assert again == state and again["seen"] is seen and again["own"] is own
+    assert {key: type(value) for key, value in again.items()} == {k: type(v) for k, v in state.items()}
+    assert own["never seen"] == 7 and again["classes"]["new"]["never seen"] == 0
+    list(training.epochs(3, state=again, checkpoint_dir=tmp_path, resume=True))
+    once_more = {**fresh(), "added": 1}
+    list(training.epochs(3, state=once_more, checkpoint_dir=tmp_path, resume=True))
+    assert "scratch" not in once_more and once_more["added"] == 1, "a changed notebook's own key stays"
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_two_places_that_held_one_thing_are_what_they_were(tmp_path: Path, async_save: bool) -> None:
+    model = nn.Linear(1, 1)
+    start, scores = torch.zeros(1), {"a": np.zeros(1)}
+    state = {
+        "weights": model.weight.data, "bias": model.bias.data, "best": start, "last": start,
+        "once": scores, "twice": scores, "apart": scores,
+    }  # fmt: skip
+    for _ in training.epochs(1, model=model, state=state, checkpoint_dir=tmp_path, async_save=async_save):
+        state["bias"] = torch.full((1,), 5.0)
+        state["best"] = torch.full((1,), 3.0)
+        state["apart"] = {"a": np.ones(1)}
+    trained = repr_of(model.state_dict())
+    again = nn.Linear(1, 1)
+    start, scores = torch.zeros(1), {"a": np.zeros(1)}
+    back = {
+        "weights": again.weight.data, "bias": again.bias.data, "best": start, "last": start,
+        "once": scores, "twice": scores, "apart": scores,
+    }  # fmt: skip
+    list(training.epochs(1, model=again, state=back, checkpoint_dir=tmp_path, resume=True))
+    assert repr_of(again.state_dict()) == trained and repr_of(back["weights"]) == repr_of(state["weights"])
+    assert (back["bias"].item(), back["best"].item(), back["last"].item()) == (5.0, 3.0, 0.0)
+    assert back["once"] is back["twice"] and back["apart"]["a"] == 1 and back["once"]["a"] == 0
+
+
 def test_an_early_end_stays_the_end_after_a_resume(tmp_path: Path) -> None:
     for epoch in training.epochs(10, checkpoint_dir=tmp_path):
         if epoch == 3:
@@ -515,7 +676,16 @@ def test_a_save_that_fails_is_told_and_the_training_goes_on(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "arguments",
-    [(-1, {}), (1.5, {}), (True, {}), (1, {"every": 0}), (1, {"every": "soon"}), (1, {"state": 3})],
+    [
+        (-1, {}),
+        (1.5, {}),
+        (True, {}),
+        (1, {"every": 0}),
+        (1, {"every": "soon"}),
+        (1, {"state": 3}),
+        (1, {"resume": "False"}),
+        (1, {"seed": "abc"}),
+    ],
 )
 def test_wrong_arguments_are_refused_before_anything_starts(arguments: tuple[Any, dict[str, Any]]) -> None:
     with pytest.raises(UsageError):
@@ -530,6 +700,17 @@ def test_verify_resume_compares_and_leaves_the_generators_alone() -> None:
     assert torch.equal(torch.rand(1), expected)
     with pytest.raises(ResumeError):
         training.verify_resume(lambda: 0.6, {"loss": 0.5})
+    assert math.isnan(training.verify_resume(lambda: math.nan, {"loss": math.nan}))
+    for pair in ((math.nan, 0.5), (0.5, math.nan)):
+        with pytest.raises(ResumeError):
+            training.verify_resume(lambda value=pair[0]: value, {"loss": pair[1]})
+
+
+def test_the_history_keeps_infinities_apart_from_nan(tmp_path: Path) -> None:
+    for epoch in training.epochs(1, checkpoint_dir=tmp_path):
+        epoch.log(up=math.inf, down=-math.inf, none=math.nan)
+    list(training.epochs(1, checkpoint_dir=tmp_path, resume=True))
+    assert repr(training.history) == "[{'epoch': 0, 'up': inf, 'down': -inf, 'none': nan}]"
 
 
 # --- loaders ----------------------------------------------------------------------------------------------

@@ -11,8 +11,10 @@ import importlib.util
 import io
 import json
 import os
+import pickletools
 import sys
 import zipfile
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,10 +26,13 @@ import xxhash
 from grd.errors import CheckpointError, CheckpointRefused
 from grd.experiment.state_encoding import MARK, decode, encode
 
+FORMAT = "grd.checkpoint/1"
 TORCH_FORMAT = "torch"
 PLAIN_FORMAT = "grd-plain/1"
 _STATE_MEMBER = "grd-state.json"
 _CHUNK = 1 << 20
+_BEGINNING = 1 << 10
+"""Bytes of a pickle in which its first entries lie."""
 _PIECE = 4 << 20
 """Bytes written and hashed at one time: few enough to be still in the processor's cache for the second."""
 _WORTH_A_THREAD = 256 << 10
@@ -182,11 +187,45 @@ def zip_is_sound(path: Path) -> bool:
         return False
 
 
+def lineage_in(path: Path) -> int | None:
+    """The lineage that a file of ours says it is of, 0 if it is too old to say; None for any other file.
+
+    Only its beginning is looked at, nothing is executed, and torch is not needed.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if _STATE_MEMBER in names:
+                tree = json.loads(archive.read(_STATE_MEMBER))
+                first = ["lineage", tree.get("lineage", 0), "format", tree.get("format")]
+            else:
+                (name,) = (name for name in names if name.endswith("/data.pkl"))
+                with archive.open(name) as stream:
+                    first = _first_values(stream.read(_BEGINNING))
+    except Exception:  # what is damaged says nothing
+        return None
+    if first[:1] == ["format"]:
+        first = ["lineage", 0, *first]
+    is_ours = first[::2] == ["lineage", "format"] and str(first[3]).startswith(FORMAT.partition("/")[0] + "/")
+    return first[1] if is_ours and type(first[1]) is int else None
+
+
+def _first_values(pickled: bytes) -> list[Any]:
+    """The first four values in a pickle: two keys of its dictionary, and what they say."""
+    values: list[Any] = []
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name.startswith(("BINUNICODE", "BININT")):
+            values.append(argument)
+        if len(values) == 4:
+            break
+    return values
+
+
 def read(path: Path, *, map_location: Any = None, allow_pickle: bool = False) -> dict[str, Any]:
     """The state in a file that was checked before.
 
-    Raises CheckpointRefused for what needs code, CheckpointError where torch is needed and missing or the
-    file holds no checkpoint.
+    Raises CheckpointRefused for what needs code, CheckpointError where torch is needed and missing,
+    ValueError where the file holds no checkpoint.
     """
     with zipfile.ZipFile(path) as archive:
         is_plain = _STATE_MEMBER in archive.namelist()
@@ -194,7 +233,7 @@ def read(path: Path, *, map_location: Any = None, allow_pickle: bool = False) ->
     if not is_plain:
         value = _read_torch(path, map_location)
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, not a checkpoint's dictionary")
+        raise ValueError(f"it holds a {type(value).__name__}, not a checkpoint's dictionary")
     result: dict[str, Any] = decode(value, allow_pickle=allow_pickle)
     return result
 
@@ -249,10 +288,10 @@ def _to_json(value: Any, members: list[bytes]) -> Any:
         return [_to_json(item, members) for item in value]
     if kind is tuple:
         return {MARK: "tuple", "items": [_to_json(item, members) for item in value]}
-    if all(type(key) is str for key in value):
+    if kind is dict and all(type(key) is str for key in value):
         return {key: _to_json(item, members) for key, item in value.items()}
     pairs = [[_to_json(key, members), _to_json(item, members)] for key, item in value.items()]
-    return {MARK: "keys", "items": pairs}
+    return {MARK: "keys", **({} if kind is dict else {"kind": kind.__name__}), "items": pairs}
 
 
 def _read_plain(archive: zipfile.ZipFile) -> Any:
@@ -273,7 +312,15 @@ def _read_plain(archive: zipfile.ZipFile) -> Any:
         if mark == "tuple":
             return tuple(revive(item) for item in node["items"])
         if mark == "keys":
-            return {revive(key): revive(item) for key, item in node["items"]}
+            pairs = {revive(key): revive(item) for key, item in node["items"]}
+            kind = node.get("kind")
+            return (
+                OrderedDict(pairs)
+                if kind == "OrderedDict"
+                else Counter(pairs)
+                if kind == "Counter"
+                else pairs
+            )
         return {key: revive(item) for key, item in node.items()}
 
     return revive(json.load(io.TextIOWrapper(archive.open(_STATE_MEMBER), encoding="utf-8")))

@@ -2,7 +2,8 @@
 
 The newest version is the one of the highest lineage, then epoch, then step. A version is good if its bytes
 are those the manifest noted for its name, or, for a file that came from elsewhere, if it is a zip whose own
-CRCs hold.
+CRCs hold. Where lines of the manifest are damaged, a file of ours that none of the others vouches for is
+taken as one of those: it says its lineage itself, and its own CRCs must hold.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from grd.experiment.checkpoint_file import digest, zip_is_sound
-from grd.experiment.manifest import Entry, append_entry, host_id, process_start, read_manifest
+from grd.experiment.checkpoint_file import digest, lineage_in, zip_is_sound
+from grd.experiment.manifest import Entry, Lines, append_entry, by_name, host_id, process_start, read_lines
 from grd.files import JsonLines, fsync_folder
 
 LATEST_NAME = "checkpoint_latest.pt"
@@ -43,6 +44,8 @@ class Version:
     step: int | None
     lineage: int
     entries: tuple[Entry, ...]
+    may_be_unlisted: bool = False
+    """Whether it is a file of ours whose own line may be among the damaged ones of the manifest."""
 
     @property
     def epoch(self) -> int:
@@ -85,15 +88,31 @@ class Found:
 
 @dataclass(frozen=True)
 class Scan:
-    """What a look at the folder found; ``damaged`` names what was passed over, and why."""
+    """What a look at the folder found.
+
+    ``damaged`` names what was passed over, and why; ``strangers`` the files of later epochs that are not of
+    this folder's manifest, and come after all that are; ``damaged_lines`` the manifest's.
+    """
 
     found: Found | None
     damaged: tuple[tuple[Path, str], ...]
+    strangers: tuple[Path, ...] = ()
+    damaged_lines: tuple[int, ...] = ()
+
+
+def loop_folders(folder: Path) -> list[Path]:
+    """``folder``, in which the first training loop of a run saves, and ``loop-<n>`` of each further one."""
+    further = []
+    with contextlib.suppress(OSError):
+        further = [path for path in folder.glob("loop-*") if path.name[5:].isdecimal() and path.is_dir()]
+    return [folder, *sorted(further, key=lambda path: int(path.name[5:]))]
 
 
 def versions(folder: Path) -> list[Version]:
     """All versioned files, newest first; names that are not ours are ignored."""
-    manifest = read_manifest(folder)
+    lines = read_lines(folder)
+    manifest = by_name(lines.entries)
+    newest_lineage = max((entry.lineage for entry in lines.entries), default=0)
     result = []
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
@@ -103,7 +122,10 @@ def versions(folder: Path) -> list[Version]:
             entries = tuple(manifest.get(path.name, ()))
             step = None if match[2] is None else int(match[2])
             lineage = max((entry.lineage for entry in entries), default=0)
-            result.append(Version(path, int(match[1]), step, lineage, entries))
+            own = lineage_in(path) if lines.damaged else None
+            if own is not None:  # one too old to say it is taken as one of the newest
+                lineage = max(lineage, own or newest_lineage)
+            result.append(Version(path, int(match[1]), step, lineage, entries, own is not None))
     return sorted(result, key=_newest_last, reverse=True)
 
 
@@ -132,39 +154,71 @@ def check(path: Path, entries: Collection[Entry]) -> tuple[str | None, Entry | N
     return "its bytes are not those that were written", None
 
 
+def check_version(version: Version) -> tuple[str | None, Entry | None]:
+    """`check` of a version; without an entry, but good, may also be one of ours whose line is damaged."""
+    reason, entry = check(version.path, version.entries)
+    if (
+        reason is not None
+        and version.may_be_unlisted
+        and version.entries
+        and check(version.path, ())[0] is None
+    ):
+        return None, None
+    return reason, entry
+
+
 def scan(folder: Path, *, epoch: int | None = None, passed_over: Collection[Path] = ()) -> Scan:
     """The newest good version, or with ``epoch`` that of this completed epoch.
 
     Versions are verified from the newest down until one is good; ``passed_over`` are not looked at.
     """
-    candidates = [item for item in versions(folder) if item.path not in passed_over]
+    lines = read_lines(folder)
+    present = [item for item in versions(folder) if item.path not in passed_over]
     if epoch is not None:
-        candidates = [item for item in candidates if item.step is None and item.named_epoch == epoch]
+        present = [item for item in present if item.step is None and item.named_epoch == epoch]
+    found, damaged = _newest_good(folder, present, lines, epoch is None, passed_over)
+    strangers: list[Path] = []
+    if found is not None and found.version is not None and found.version.lineage > 0:
+        position = found.version.position
+        strangers = [item.path for item in present if item.lineage == 0 and item.position > position]
+    return Scan(found, tuple(damaged), tuple(strangers), lines.damaged)
+
+
+def _newest_good(
+    folder: Path,
+    present: Sequence[Version],
+    lines: Lines,
+    with_lone_latest: bool,
+    passed_over: Collection[Path],
+) -> tuple[Found | None, list[tuple[Path, str]]]:
+    candidates = list(present)
     latest = folder / LATEST_NAME
     damaged: list[tuple[Path, str]] = []
     while candidates:
         version = candidates.pop(0)
-        reason, entry = check(version.path, version.entries)
+        reason, entry = check_version(version)
         if reason is None:
             if entry is not None and entry.lineage < version.lineage:
                 # A newer lineage announced a file of this name, which never came.
-                candidates.append(replace(version, lineage=entry.lineage, entries=(entry,)))
+                older = replace(version, lineage=entry.lineage, entries=(entry,), may_be_unlisted=False)
+                candidates.append(older)
                 candidates.sort(key=_newest_last, reverse=True)
                 continue
-            return Scan(Found(version.path, version, entry), tuple(damaged))
+            return Found(version.path, version, entry), damaged
         damaged.append((version.path, reason))
         if version.entries and latest not in passed_over and _is_other_file(latest, version.path):
             reason, entry = check(latest, version.entries)
             if reason is None:
-                return Scan(Found(latest, version, entry), tuple(damaged))
-    if epoch is None and latest not in passed_over and latest.is_file():
-        known = [entry for entries in read_manifest(folder).values() for entry in entries]
-        reason, entry = check(latest, known)
-        if reason is not None and not known:
+                return Found(latest, version, entry), damaged
+    if with_lone_latest and latest not in passed_over and latest.is_file():
+        reason, entry = check(latest, lines.entries)
+        if reason is not None and not lines.entries:
             damaged.append((latest, reason))
+        elif reason is not None and lines.damaged and lineage_in(latest) is not None:
+            reason = check(latest, ())[0]
         if reason is None:
-            return Scan(Found(latest, None, entry), tuple(damaged))
-    return Scan(None, tuple(damaged))
+            return Found(latest, None, entry), damaged
+    return None, damaged
 
 
 def _is_other_file(latest: Path, path: Path) -> bool:
@@ -249,7 +303,7 @@ def point_latest(target: Path) -> None:
 def newest_good(present: Sequence[Version], known_good: Collection[str]) -> Path | None:
     """The newest of ``present`` that is good; those named in ``known_good`` are not verified again."""
     for item in present:
-        if item.path.name in known_good or check(item.path, item.entries)[0] is None:
+        if item.path.name in known_good or check_version(item)[0] is None:
             return item.path
     return None
 
@@ -288,9 +342,7 @@ def prune(
                 deleted.append(item.path)
             continue
         kept_bytes += size
-        if good < NEVER_FEWER_THAN and (
-            item.path.name in known_good or check(item.path, item.entries)[0] is None
-        ):
+        if good < NEVER_FEWER_THAN and (item.path.name in known_good or check_version(item)[0] is None):
             good += 1
     return deleted
 

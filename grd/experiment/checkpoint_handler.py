@@ -11,19 +11,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 from grd import contract
-from grd.errors import CheckpointCorrupt, CheckpointError, CheckpointFenced, CheckpointRefused
+from grd.errors import (
+    CheckpointCorrupt,
+    CheckpointError,
+    CheckpointFenced,
+    CheckpointRefused,
+    UsageError,
+)
 from grd.experiment import checkpoint_file, checkpoint_folder, interruption, saving_history
 from grd.experiment.background_save import BackgroundSave
-from grd.experiment.checkpoint_folder import Found, version_name
+from grd.experiment.checkpoint_file import FORMAT
+from grd.experiment.checkpoint_folder import Found, Scan, version_name
 from grd.experiment.checkpoint_writer import CheckpointWriter, Job, Saved, budget_of, check_fence
 from grd.experiment.events import emit, run_id
-from grd.experiment.manifest import read_entries
+from grd.experiment.manifest import MANIFEST_NAME, read_entries
 from grd.experiment.reporting import as_number
 from grd.experiment.schedule import SMALL_STATE_BYTES
 from grd.experiment.snapshot import Size, SnapshotMemory, available_bytes, size_of, spare_cores
 from grd.experiment.state_encoding import as_json
-
-FORMAT = "grd.checkpoint/1"
 
 AsyncSave = bool | Literal["auto"]
 
@@ -41,8 +46,8 @@ class CheckpointHandler:
     more that half of the free memory holds, if they are on a GPU or torch leaves a core alone: where all are
     busy the training loses to the thread most of what it gains by not waiting.
 
-    Without torch the files keep their names and hold JSON and raw arrays. Raises OSError if the folder
-    cannot be made.
+    Without torch the files keep their names and hold JSON and raw arrays. Raises UsageError for wrong
+    arguments, OSError if the folder cannot be made.
     """
 
     def __init__(
@@ -58,9 +63,16 @@ class CheckpointHandler:
     ) -> None:
         self.report_events = report_events
         self.checkpoint_dir = Path(checkpoint_dir)
-        self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+        if isinstance(resume, str):
+            raise UsageError(f"resume must be True, False or None, not the text {resume!r}")
+        try:
+            self.keep_bytes = budget_of(keep_bytes)
+            self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UsageError(f"checkpoint_dir {str(checkpoint_dir)!r} is a file, or lies under one") from None
+        except ValueError as error:
+            raise UsageError(f"keep_bytes: {error}") from None
         self.total_epochs = total_epochs
-        self.keep_bytes = budget_of(keep_bytes)
         self.async_save = async_save
         self.interrupted = False
         self._writer = CheckpointWriter(self.checkpoint_dir, self.keep_bytes)
@@ -68,6 +80,7 @@ class CheckpointHandler:
         self._saving: BackgroundSave | None = None
         self._turn = threading.RLock()
         self._told_of_no_copy = False
+        self._told: set[str] = set()
         checkpoint_folder.sweep(self.checkpoint_dir)
         if resume is False:
             self._writer.move_aside_what_is_not_ours()
@@ -95,19 +108,24 @@ class CheckpointHandler:
         """Save the state after ``epoch``, or after ``step`` steps inside it; returns the file's path.
 
         Model and optimizer are objects with ``state_dict()`` or their states. ``metadata`` becomes JSON
-        data. Whatever else is to come back goes by name. ``async_save`` is the handler's where not given;
-        such a save first waits for the one before, and its file is there once `flush` has returned.
+        data. Whatever else is to come back goes by name. Values keep their types; attributes that somebody
+        gave to a tensor are left behind. ``async_save`` is the handler's where not given; such a save first
+        waits for the one before, and its file is there once `flush` has returned.
 
-        Raises CheckpointRefused for what could not be loaded without running code, CheckpointFenced if a
-        newer attempt owns the folder, CheckpointError if it cannot be written; then the versions before are
-        as they were. What was wrong with a save in the background is raised by `flush`, or told in a
-        warning by the next save.
+        Raises UsageError for an epoch or step that is no whole number, CheckpointRefused for what could not
+        be loaded without running code, CheckpointFenced if a newer attempt owns the folder, CheckpointError
+        if it cannot be written; then the versions before are as they were. What was wrong with a save in the
+        background is raised by `flush`, or told in a warning by the next save.
         """
-        clash = sorted(set(more) & {"format"})
+        clash = sorted(set(more) & {"format", "lineage"})
         if clash:
             raise CheckpointRefused(f"{clash[0]!r} is a name the checkpoint needs itself: choose another")
-        epoch = int(epoch)
-        step = None if step is None else int(step)
+        epoch = _whole("epoch", epoch)
+        step = None if step is None else _whole("step", step)
+        if step is not None and step < 0:
+            raise UsageError(f"save_checkpoint(): step must be 0 or more, not {step}")
+        if metadata is not None and not isinstance(metadata, Mapping):
+            raise CheckpointRefused(f"metadata must be a dictionary, not {type(metadata).__name__}")
         facts = as_json(metadata or {})
         loss_value = None if loss is None else _plain_loss(loss)
         total = self.total_epochs if self.total_epochs is not None else facts.get("total_epochs")
@@ -240,10 +258,11 @@ class CheckpointHandler:
         if self._saving is not None:
             self._saving.finish()
         result = checkpoint_folder.scan(self.checkpoint_dir, epoch=epoch, passed_over=passed_over or ())
+        self._tell_of_doubts(result)
         used = result.found.path.name if result.found is not None else "none, there is no other good one"
         for path, reason in result.damaged:
             message = f"checkpoint {path} is damaged: {reason}; used instead: {used}"
-            warnings.warn(message, RuntimeWarning, stacklevel=3)
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
             emit(contract.EVENT_WARNING, message=message)
         if epoch is not None and result.found is None and result.damaged:
             path, reason = result.damaged[0]
@@ -251,6 +270,64 @@ class CheckpointHandler:
                 f"{path} is damaged: {reason}; load another epoch, or the newest good one"
             )
         return result.found
+
+    def _tell_of_doubts(self, result: Scan) -> None:
+        manifest = self.checkpoint_dir / MANIFEST_NAME
+        for number in result.damaged_lines:
+            self._doubt(
+                f"line {number} of {manifest} is damaged; files that it may have vouched for are checked by "
+                "their own checksums"
+            )
+        for path in result.strangers:
+            self._doubt(f"{path} looks newer, but is not of this folder's manifest: it is passed over")
+
+    def _doubt(self, message: str, stacklevel: int = 6) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            warnings.warn(f"grd: {message}", RuntimeWarning, stacklevel=stacklevel)
+            emit(contract.EVENT_WARNING, message=message)
+
+    def _newest(
+        self,
+        *,
+        epoch: int | None = None,
+        map_location: Any = None,
+        allow_pickle: bool = False,
+        read_ours: bool = False,
+    ) -> tuple[Found, dict[str, Any] | None] | None:
+        """The newest version that can be loaded, and what is in it; of ours only if ``read_ours``.
+
+        A file that is not of the manifest may be a sound zip and no checkpoint: only opening it tells.
+        """
+        passed_over: set[Path] = set()
+        while True:
+            found = self._scan(epoch=epoch, passed_over=passed_over)
+            if found is None:
+                return None
+            is_ours = found.entry is not None
+            if is_ours and not read_ours:
+                return found, None
+            try:
+                content = checkpoint_file.read(
+                    found.path, map_location=map_location, allow_pickle=allow_pickle and is_ours
+                )
+                if not is_ours and found.version is None:
+                    _epoch_of(content, found)
+                return found, content
+            except CheckpointError as error:
+                # One of ours whose line is damaged may hold pickles, which nobody vouches for any more.
+                unlisted = found.version is not None and found.version.may_be_unlisted and not is_ours
+                if not (unlisted and allow_pickle):
+                    raise
+                reason = str(error)
+            except Exception as error:
+                if is_ours:
+                    raise CheckpointError(
+                        f"{found.path} is sound but cannot be opened here: {error}"
+                    ) from error
+                reason = f"{found.path} is no checkpoint of ours and cannot be opened: {error}"
+            self._doubt(f"{reason}; it is passed over", stacklevel=4)
+            passed_over.add(found.path)
 
     def load_checkpoint(
         self,
@@ -271,40 +348,23 @@ class CheckpointHandler:
         Raises CheckpointRefused for a file that needs code, CheckpointCorrupt for a damaged ``epoch``,
         CheckpointError for a sound file that cannot be opened here.
         """
-        passed_over: set[Path] = set()
-        while True:
-            found = self._scan(epoch=epoch, passed_over=passed_over)
-            if found is None:
-                return None
-            try:
-                content = checkpoint_file.read(
-                    found.path,
-                    map_location=map_location,
-                    allow_pickle=allow_pickle and found.entry is not None,
-                )
-            except CheckpointError:
-                raise
-            except Exception as error:
-                if found.entry is not None:
-                    raise CheckpointError(
-                        f"{found.path} is sound but cannot be opened here: {error}"
-                    ) from error
-                warnings.warn(
-                    f"{found.path} is no checkpoint of ours and cannot be opened: {error}; it is passed over",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-                passed_over.add(found.path)
-                continue
-            return _restore(content, found, model, optimizer)
+        newest = self._newest(
+            epoch=epoch, map_location=map_location, allow_pickle=allow_pickle, read_ours=True
+        )
+        if newest is None or newest[1] is None:
+            return None
+        return _restore(newest[1], newest[0], model, optimizer)
 
     def find_latest_checkpoint(self) -> Path | None:
-        """Path of the newest good checkpoint, or None."""
-        found = self._scan()
-        return None if found is None else found.path
+        """Path of the checkpoint that `load_checkpoint` would load, or None.
+
+        Raises what it raises for a file that came from elsewhere and needs code, or torch.
+        """
+        newest = self._newest(map_location="cpu")
+        return None if newest is None else newest[0].path
 
     def get_resumability_hints(self) -> dict[str, Any]:
-        """Whether and where a resume would go on; never loads the state.
+        """Whether and where a resume would go on; of our own files never loads the state.
 
         Keys: has_checkpoint, valid, latest_epoch (last completed), step (inside the next, or None),
         next_epoch, checkpoint_path, estimated_remaining_epochs (None if the total is unknown),
@@ -312,14 +372,12 @@ class CheckpointHandler:
         (saving as a share of the training), both as measured and None before the second save, and
         resume_command (what to type to go on; None if there is nothing to go on from or with).
         """
-        found = self._scan()
+        newest = self._newest(map_location="cpu")
+        found, content = (None, None) if newest is None else newest
         total = self.total_epochs
         latest: int | None = None
         if found is not None:
-            latest = found.epoch
-            if latest is None:  # a lone checkpoint_latest.pt from elsewhere
-                content = self.load_checkpoint()
-                latest = None if content is None else int(content["epoch"])
+            latest = _epoch_of(content or {}, found)
             if total is None and found.entry is not None:
                 total = found.entry.total_epochs
         next_epoch = 0 if latest is None else latest + 1
@@ -363,6 +421,28 @@ class CheckpointHandler:
         self.flush()
 
 
+def _whole(name: str, value: Any) -> int:
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or isinstance(value, (str, bytes)) or number != value:
+        raise UsageError(f"save_checkpoint(): {name} must be a whole number, not {value!r}")
+    return number
+
+
+def _epoch_of(content: Mapping[str, Any], found: Found) -> int:
+    """The last completed epoch: as the file says, or its name. Raises ValueError if neither does."""
+    try:
+        said = content.get("epoch")
+        if said is not None:
+            return int(said)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        if found.epoch is None:
+            raise ValueError(f"its epoch is {said!r}, which is no number") from None
+    return -1 if found.epoch is None else found.epoch
+
+
 def _state_of(value: Any) -> Any:
     if value is None or isinstance(value, (dict, list, tuple)):
         return value
@@ -389,15 +469,16 @@ def _warn(message: str) -> None:
 
 
 def _restore(content: dict[str, Any], found: Found, model: Any, optimizer: Any) -> dict[str, Any]:
-    content.pop("format", None)
+    if str(content.pop("format", "")).startswith("grd."):
+        content.pop("lineage", None)
     for name in ("model_state", "optimizer_state"):
         other = content.pop(f"{name}_dict", None)
         if content.get(name) is None:
             content[name] = other
     content.setdefault("loss", None)
     content.setdefault("metadata", {})
-    if content.get("epoch") is None:
-        content["epoch"] = -1 if found.epoch is None else found.epoch
+    if found.entry is None or content.get("epoch") is None:
+        content["epoch"] = _epoch_of(content, found)
     for target, name in ((model, "model_state"), (optimizer, "optimizer_state")):
         if target is None:
             continue

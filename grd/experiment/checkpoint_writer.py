@@ -14,7 +14,7 @@ from grd import contract
 from grd.errors import CheckpointError, CheckpointFenced
 from grd.experiment import checkpoint_file, checkpoint_folder
 from grd.experiment.events import attempt_number, run_id
-from grd.experiment.manifest import Entry, append_entry, process_id, read_manifest
+from grd.experiment.manifest import Entry, append_entry, process_id, read_entries
 from grd.files import fsync_folder
 from grd.settings import Settings, parse_size
 
@@ -85,7 +85,8 @@ class CheckpointWriter:
         lineage = self._lineage(job.named_epoch, job.step)
         try:
             with checkpoint_folder.temporary_name(self.folder, job.name) as temporary:
-                written = checkpoint_file.write(temporary, job.content)
+                # Should its line in the manifest ever be damaged, the file itself says where it belongs.
+                written = checkpoint_file.write(temporary, {"lineage": lineage, **job.content})
                 check_fence(self.folder)
                 # The entry comes before the rename: a crash between them leaves the old file, which matches
                 # its own older entry, and never a file of ours that nobody vouches for.
@@ -142,8 +143,9 @@ class CheckpointWriter:
         return lineage
 
     def _next_lineage(self) -> int:
-        manifest = read_manifest(self.folder).values()
-        return max((entry.lineage for entries in manifest for entry in entries), default=0) + 1
+        known = [entry.lineage for entry in read_entries(self.folder)]
+        known += [version.lineage for version in checkpoint_folder.versions(self.folder)]
+        return max(known, default=0) + 1
 
     def begin_lineage(self) -> None:
         """Let what is written from now on win over everything in the folder, whatever its epoch."""

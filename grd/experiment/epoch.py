@@ -99,7 +99,10 @@ class Epoch(int):
         return self._loop.steps(self, loader)
 
     def log(self, **metrics: Any) -> None:
-        """Add metrics of this epoch to ``training.history`` and report them; TypeError for no number."""
+        """Add metrics of this epoch to ``training.history`` and report them; TypeError for no number.
+
+        NaN and infinities stay what they are in the history; what is reported has null for them.
+        """
         log_metrics(epoch=int(self), step=None, **metrics)
         self._record.update({name: _history_value(value) for name, value in metrics.items()})
         self._loop.note(self)
@@ -122,4 +125,4 @@ class Epoch(int):
 
 def _history_value(value: Any) -> Any:
     number = as_number(value)
-    return math.nan if number is None else number
+    return float(value) if number is None else number  # NaN and infinities, which only the events cannot hold

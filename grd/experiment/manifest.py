@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import uuid
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from grd.experiment.events import attempt_number, run_id
-from grd.files import JsonLines, read_json_lines
+from grd.files import JsonLines
 
 MANIFEST_NAME = "manifest.jsonl"
+_CHECKSUM = "line_xxh3_64"
 
 _process: tuple[int, str] = (0, "")
 
@@ -81,6 +84,9 @@ class Entry:
         return self.run_id is not None and (self.run_id, self.attempt) == (run_id(), attempt_number())
 
 
+_FIELDS = frozenset(field.name for field in fields(Entry))
+
+
 def _entry(record: dict[str, Any]) -> Entry | None:
     try:
         return Entry(
@@ -102,7 +108,7 @@ def _entry(record: dict[str, Any]) -> Entry | None:
             work_seconds=_number(record.get("work_seconds")),
             stop=None if record.get("stop") is None else str(record["stop"]),
         )
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
 
 
@@ -110,30 +116,79 @@ def _number(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
+@dataclass(frozen=True)
+class Lines:
+    """What a manifest says: its entries, oldest first, and the numbers (from 1) of lines that are damaged."""
+
+    entries: tuple[Entry, ...] = ()
+    damaged: tuple[int, ...] = ()
+
+
+def read_lines(folder: Path) -> Lines:
+    """The manifest of ``folder``; empty where there is none or it cannot be read.
+
+    A line is damaged if it is no entry, or not the one its checksum was made of. Lines of earlier versions
+    have no checksum.
+    """
+    entries: list[Entry] = []
+    damaged: list[int] = []
+    with suppress(OSError):
+        content = (folder / MANIFEST_NAME).read_bytes()
+        for number, line in enumerate(content.split(b"\n"), 1):
+            if not line.strip():
+                continue
+            entry = _entry_in(line)
+            if entry is None:
+                damaged.append(number)
+            else:
+                entries.append(entry)
+    return Lines(tuple(entries), tuple(damaged))
+
+
+def _entry_in(line: bytes) -> Entry | None:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict):
+        return None
+    checksum = record.pop(_CHECKSUM, None)
+    if checksum is None and not _FIELDS.issuperset(record):
+        return None  # no earlier version had a field more: the checksum's own name is damaged
+    if checksum is not None and checksum != _checksum(record):
+        return None
+    return _entry(record)
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"))
+    return str(xxhash.xxh3_64_hexdigest(text.encode("ascii")))
+
+
 def read_entries(folder: Path) -> list[Entry]:
     """All entries, oldest first; empty where there is no manifest or it cannot be read."""
-    entries: list[Entry] = []
-    with suppress(OSError):
-        for _, record in read_json_lines(folder / MANIFEST_NAME):
-            entry = _entry(record)
-            if entry is not None:
-                entries.append(entry)
-    return entries
+    return list(read_lines(folder).entries)
+
+
+def by_name(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
+    """``entries``, oldest first, by file name and newest first."""
+    named: dict[str, list[Entry]] = {}
+    for entry in reversed(tuple(entries)):
+        named.setdefault(entry.name, []).append(entry)
+    return named
 
 
 def read_manifest(folder: Path) -> dict[str, list[Entry]]:
     """`read_entries` by file name, newest first."""
-    entries: dict[str, list[Entry]] = {}
-    for entry in reversed(read_entries(folder)):
-        entries.setdefault(entry.name, []).append(entry)
-    return entries
+    return by_name(read_entries(folder))
 
 
 def append_entry(folder: Path, entry: Entry) -> None:
-    """Add a line, synced. Raises OSError."""
+    """Add a line with a checksum of its own, synced. Raises OSError."""
+    record = asdict(entry)
     lines = JsonLines(folder / MANIFEST_NAME)
     try:
-        lines.append(asdict(entry))
+        lines.append({**record, _CHECKSUM: _checksum(record)})
         lines.sync()
     finally:
         lines.close()

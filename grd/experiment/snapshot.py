@@ -70,12 +70,19 @@ class _Copying:
         self.private = {id(tensor) for tensor in private}
         self.used: dict[tuple[int, bool], list[Any]] = {}
         self._copied: dict[int, Any] = {}
+        self._seen: dict[int, Any] = {}
         self._streams: dict[Any, Any] = {}
 
     def copy(self, value: Any) -> Any:
         kind = type(value)
         if kind in _PLAIN:
             return value
+        # What is met twice stays one thing, as where the state itself is written.
+        if id(value) not in self._seen:
+            self._seen[id(value)] = self._copy(value, kind)
+        return self._seen[id(value)]
+
+    def _copy(self, value: Any, kind: type[Any]) -> Any:
         if kind is dict:
             return {key: self.copy(item) for key, item in value.items()}
         if kind is list:

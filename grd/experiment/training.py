@@ -20,6 +20,7 @@ from grd.experiment.events import run_id
 from grd.experiment.schedule import Every
 from grd.experiment.stage import Stage, stage
 from grd.experiment.training_loop import Loop, Parts, make_handler
+from grd.experiment.training_state import UserState, can_be_put_back
 
 __all__ = ["Epoch", "Stage", "epochs", "history", "stage", "state", "verify_resume"]
 
@@ -47,10 +48,12 @@ def epochs(
     """The epochs ``0 .. n - 1`` that are still to be trained; saves, resumes, reports and stops by itself.
 
     With ``resume`` the newest good checkpoint of ``checkpoint_dir`` comes back first: model, optimizer,
-    scheduler, scaler, ema (objects with ``state_dict``, or dictionaries of them), ``state`` (updated in
-    place), history, random generators and position. The last epoch is always saved, so that a resume of a
-    finished training restores everything and trains nothing. After a ``break`` the epoch counts as not
-    done; `Epoch.stop_early` ends a training for good.
+    scheduler, scaler, ema (objects with ``state_dict``, tensors, arrays, or dictionaries and lists of them),
+    ``state``, history, random generators and position. Tensors, arrays, dictionaries, lists and sets are
+    changed in place. Every value of ``state`` keeps its type; an object in it comes back only where the
+    notebook has one from the beginning, and keys that the notebook gives anew stay. The last epoch is always
+    saved, so that a resume of a finished training restores everything and trains nothing. After a ``break``
+    the epoch counts as not done; `Epoch.stop_early` ends a training for good.
 
     ``every``: ``"auto"`` (by measured cost), a number of epochs, or a duration such as ``"5m"``. ``seed``
     decides the data order of ``epoch.steps`` (default: torch's own seed). ``allow_pickle`` lets other
@@ -73,9 +76,22 @@ def epochs(
         raise UsageError(f"epochs(): {error}") from None
     if async_save not in (True, False, "auto"):
         raise UsageError(f"epochs(async_save=...) must be True, False or 'auto', not {async_save!r}")
+    if isinstance(resume, str):
+        raise UsageError(f"epochs(resume=...) must be True or False, not the text {resume!r}")
+    if seed is not None and not hasattr(seed, "__index__"):
+        raise UsageError(f"epochs(seed=...) must be a whole number, not {seed!r}")
+    kept: Any = None if state is None else UserState(state)
+    parts = Parts(model, optimizer, scheduler, scaler, ema, kept)
+    for name, part in parts.items() if checkpoint_dir else ():
+        if not can_be_put_back(part):
+            raise UsageError(
+                f"epochs({name.removesuffix('_state')}=...): a {type(part).__name__} could be saved but not "
+                "be put back; pass an object with state_dict() and load_state_dict(), or a dictionary"
+            )
     return _start(
         n.__index__(),
-        Parts(model, optimizer, scheduler, scaler, ema, state),
+        parts,
+        state,
         checkpoint_dir,
         resume=bool(resume),
         every=interval,
@@ -89,6 +105,7 @@ def epochs(
 def _start(
     total: int,
     parts: Parts,
+    user_state: dict[str, Any] | None,
     checkpoint_dir: Path | str | None,
     *,
     resume: bool,
@@ -111,7 +128,7 @@ def _start(
         )
     loop = Loop(total, parts, handler, resume, every, seed, allow_pickle, async_save)
     history = loop.history
-    state = parts.state if parts.state is not None else {}
+    state = user_state if user_state is not None else {}
     return loop.run()
 
 
@@ -128,7 +145,8 @@ def verify_resume(
         raise UsageError("the checkpoint holds no loss to compare with: save it with loss=")
     with rng.untouched():
         actual = float(compute_loss())
-    if not math.isclose(actual, float(expected), rel_tol=tolerance, abs_tol=tolerance):
+    both_nan = math.isnan(actual) and math.isnan(float(expected))
+    if not both_nan and not math.isclose(actual, float(expected), rel_tol=tolerance, abs_tol=tolerance):
         raise ResumeError(
             f"the loss after loading is {actual!r}, the checkpoint's was {float(expected)!r}: model, data or "
             "code are not what they were"

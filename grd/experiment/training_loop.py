@@ -23,7 +23,7 @@ from grd.experiment.loader import OrderChanged, Steps, steps_of
 from grd.experiment.reporting import report_progress, under_way
 from grd.experiment.schedule import Every, Schedule
 from grd.experiment.stopped import stopped
-from grd.experiment.training_state import count_parameters, put_back, take
+from grd.experiment.training_state import PuttingBack, count_parameters, take
 from grd.settings import Settings, parse_duration
 
 T = TypeVar("T")
@@ -338,11 +338,12 @@ class Loop:
         if saved is None:
             self._seed = rng.process_seed() if self.seed is None else int(self.seed)
             return
+        putting = PuttingBack()
         for name, part in self.parts.items():
             if saved.get(name) is None:
                 self._warn(name, f"the checkpoint has no {name}: that part goes on as it is")
             else:
-                put_back(part, saved[name], name.removesuffix("_state"))
+                putting.restore(part, saved[name], name.removesuffix("_state"))
         self.history.extend(saved.get("history") or [])
         training = saved.get("training") or {}
         self._seed = int(training.get("seed", rng.process_seed() if self.seed is None else self.seed))

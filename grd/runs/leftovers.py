@@ -57,9 +57,9 @@ def sweep(folder: RunFolder) -> None:
 
 def half_written_checkpoints(folder: Path) -> Iterator[Path]:
     """Temporary files of killed kernels in a folder of checkpoints, also of a run's further loops."""
-    from grd.experiment.checkpoint_folder import abandoned
+    from grd.experiment.checkpoint_folder import abandoned, loop_folders
 
-    for place in (folder, *sorted(folder.glob("loop-*"))):
+    for place in loop_folders(folder):
         yield from abandoned(place)
 
 

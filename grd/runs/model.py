@@ -160,12 +160,15 @@ class RunRecord:
         return value
 
     @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> RunRecord:
+    def from_dict(cls, value: Any) -> RunRecord:
         """The record in ``value``, with the unknown fields of a newer grd. Raises ConfigurationError."""
+        if not isinstance(value, dict):
+            raise ConfigurationError(f"run.json holds a {type(value).__name__}, which is no grd run")
         schema = str(value.get("schema", ""))
         if not schema.startswith("grd.run/"):
             raise ConfigurationError(f"run.json has schema {schema!r}, which is no grd run")
         try:
+            _check_kinds(value, checkpoint_dir=str, checkpointing=dict, attempts=list)
             attempts = [Attempt(**_sorted_out(Attempt, attempt)) for attempt in value.get("attempts", [])]
             return cls(**{**_sorted_out(cls, value), "attempts": attempts})
         except (TypeError, AttributeError) as error:
@@ -173,6 +176,12 @@ class RunRecord:
 
 
 _NAMES = {kind: frozenset(f.name for f in fields(kind)) - {"unknown"} for kind in (Attempt, RunRecord)}
+
+
+def _check_kinds(value: dict[str, Any], **kinds: type[Any]) -> None:
+    for name, kind in kinds.items():
+        if name in value and not isinstance(value[name], kind):
+            raise TypeError(f"{name} is a {type(value[name]).__name__}")
 
 
 def _sorted_out(kind: type[Any], value: dict[str, Any]) -> dict[str, Any]:

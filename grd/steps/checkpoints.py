@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grd.errors import RunBusy
+from grd.errors import ConfigurationError, RunBusy
 from grd.experiment import checkpoint_folder
 from grd.experiment.checkpoint_folder import LATEST_NAME, Version
 from grd.experiment.manifest import Entry
 from grd.files import take_lock
 from grd.runs.folder import RunFolder
+from grd.runs.model import RunRecord
 from grd.runs.recovery import current_record
 
 GOOD, DAMAGED, UNVERIFIED = "good", "damaged", "unverified"
@@ -41,7 +42,9 @@ class Listed:
     reason: str | None
     """What is wrong with a damaged one."""
     used_next: bool
-    """Whether a resume would go on from it."""
+    """Whether a resume of its loop would go on from it."""
+    loop: int = 1
+    """Which training loop of the run saved it."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -51,11 +54,19 @@ class Listed:
 def list_checkpoints(
     folder: Path, *, verify: bool = False, on_file: Callable[[Path, int], None] = lambda path, size: None
 ) -> list[Listed]:
-    """The checkpoints in ``folder``, newest first.
+    """The checkpoints in ``folder``, newest first, and after them those of each further loop.
 
-    Without ``verify`` only what is needed to find that one is read; with it every byte of all. ``on_file``
-    hears of every file, and its size in bytes, before it is read.
+    Without ``verify`` only what is needed to find the ones that a resume goes on from is read; with it every
+    byte of all. ``on_file`` hears of every file, and its size in bytes, before it is read.
     """
+    listed = []
+    for place in checkpoint_folder.loop_folders(folder):
+        loop = 1 if place == folder else int(place.name.rpartition("-")[2])
+        listed += [replace(item, loop=loop) for item in _list_folder(place, verify, on_file)]
+    return listed
+
+
+def _list_folder(folder: Path, verify: bool, on_file: Callable[[Path, int], None]) -> list[Listed]:
     present = checkpoint_folder.versions(folder)
     latest = folder / LATEST_NAME
     known: dict[Path, tuple[str | None, Entry | None]] = {}
@@ -90,7 +101,7 @@ def _listed(
         return None  # pruned just now by the training
     if path not in known and (verify or _has_other_size(version, size)):
         on_file(path, size)
-        known[path] = checkpoint_folder.check(path, version.entries)
+        known[path] = checkpoint_folder.check_version(version)
     reason, entry = known.get(path, (None, None))
     if entry is None:
         entry = next((item for item in version.entries if item.size == size), None)
@@ -138,18 +149,30 @@ def _same(one: Path, other: Path) -> bool:
 def prune_checkpoints(run: RunFolder, *, keep: int | None = None, dry_run: bool = False) -> list[Path]:
     """Delete the oldest checkpoints of a run beyond ``keep`` bytes, never leaving fewer than two good ones.
 
-    ``keep`` is the run's own budget unless given. Returns what was, or with ``dry_run`` would be, deleted.
-    Raises RunBusy while the run is under way: its training keeps house itself.
+    Each of its loops may keep so much. ``keep`` is the run's own budget unless given. Returns what was, or
+    with ``dry_run`` would be, deleted. Raises RunBusy while the run is under way: its training keeps house
+    itself; ConfigurationError where its record does not say the budget.
     """
     record = current_record(run)
     lock = take_lock(run.lock)
     if lock is None:
         raise RunBusy(f"{run.run_id} is under way and prunes by itself; first: grd stop {run.run_id}")
     try:
-        folder = Path(record.checkpoint_dir)
-        budget = keep if keep is not None else int(record.checkpointing["checkpoint_budget"])
-        if not dry_run:
-            checkpoint_folder.sweep(folder)
-        return checkpoint_folder.prune(checkpoint_folder.versions(folder), budget, (), dry_run=dry_run)
+        budget = keep if keep is not None else _own_budget(record)
+        pruned = []
+        for folder in checkpoint_folder.loop_folders(Path(record.checkpoint_dir)):
+            if not dry_run:
+                checkpoint_folder.sweep(folder)
+            pruned += checkpoint_folder.prune(checkpoint_folder.versions(folder), budget, (), dry_run=dry_run)
+        return pruned
     finally:
         os.close(lock)
+
+
+def _own_budget(record: RunRecord) -> int:
+    try:
+        return int(record.checkpointing["checkpoint_budget"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise ConfigurationError(
+            f"run.json of {record.run_id} does not say what its checkpoints may take: add --keep SIZE"
+        ) from None

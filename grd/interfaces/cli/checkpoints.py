@@ -51,9 +51,12 @@ def checkpoints(
 ) -> Answer:
     """The checkpoints of RUN: epoch, step, loss, size, age, lineage, verdict.
 
-    RUN may also be a folder of checkpoints. The one that a resume goes on from is marked. Without --verify
+    RUN may also be a folder of checkpoints. The one that a resume goes on from is marked, for each training
+    loop where a run has several. Without --verify
     only the newest are read, until a good one is found. Epochs count from 0; a step is of the epoch after.
     """
+    if not run:
+        raise UsageError("RUN is empty: name a run, last, or a folder of checkpoints; see: grd list")
     if (keep is not None or dry_run) and not prune:
         raise UsageError("--keep and --dry-run belong to --prune")
     run_folder, folder = _place(run, runs_dir)
@@ -64,11 +67,9 @@ def checkpoints(
         pruned = prune_checkpoints(run_folder, keep=keep, dry_run=dry_run)
     listed = list_checkpoints(folder, verify=verify, on_file=_Reading())
     verb = "would delete" if dry_run else "deleted"
-    lines = [f"{verb} {path.name}" for path in pruned]
+    lines = [f"{verb} {path.relative_to(folder)}" for path in pruned]
     lines += ["nothing to delete"] if prune and not pruned else []
-    lines += _table(listed) if listed else [f"no checkpoints in {folder} yet"]
-    if listed and not any(item.used_next for item in listed):
-        lines.append("none of them is good: a resume would begin anew")
+    lines += _tables(listed) if listed else [f"no checkpoints in {folder} yet"]
     document = {
         "schema": "grd.checkpoints/1",
         "folder": str(folder),
@@ -102,6 +103,18 @@ class _Reading:
     def __call__(self, path: Path, size: int) -> None:
         if time.monotonic() - self._began > SAY_AFTER_SECONDS:
             say(f"reading {path.name} ({format_size(size)})")
+
+
+def _tables(listed: list[Listed]) -> list[str]:
+    loops = sorted({item.loop for item in listed})
+    lines = []
+    for loop in loops:
+        of_loop = [item for item in listed if item.loop == loop]
+        lines += [f"training loop {loop}"] if loops != [1] else []
+        lines += _table(of_loop)
+        if not any(item.used_next for item in of_loop):
+            lines.append("none of them is good: a resume would begin anew")
+    return lines
 
 
 def _table(listed: list[Listed]) -> list[str]:
