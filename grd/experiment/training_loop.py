@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from grd import contract
-from grd.errors import CheckpointError, CheckpointFenced, CheckpointRefused
+from grd.errors import CheckpointError, CheckpointFenced, CheckpointRefused, ResumeError, UsageError
 from grd.experiment import checkpoint_file, interruption, rng
 from grd.experiment.background_save import BackgroundSave
 from grd.experiment.checkpoint_handler import AsyncSave, CheckpointHandler
@@ -20,6 +21,7 @@ from grd.experiment.counting import BatchSizes, Count
 from grd.experiment.epoch import Epoch, Inside
 from grd.experiment.events import emit, run_id
 from grd.experiment.loader import OrderChanged, Steps, steps_of
+from grd.experiment.outside import found, make_same, put_back_found
 from grd.experiment.reporting import report_progress, under_way
 from grd.experiment.schedule import Every, Schedule
 from grd.experiment.stopped import stopped
@@ -68,6 +70,13 @@ class Loop:
     history: list[dict[str, Any]] = field(default_factory=list)
     _first: int = 0
     _inside: Inside | None = None
+    _restored: list[tuple[str, Any]] = field(default_factory=list)
+    """The parts that the checkpoint had."""
+
+    _restored_from: tuple[int, int | None] | None = None
+    _new_keys: set[Any] = field(default_factory=set)
+    """Of the user's ``state``: those that the checkpoint did not have."""
+
     _ended_early: bool = False
     _seed: int = 0
     _saved_at: tuple[int, int | None] | None = None
@@ -105,63 +114,111 @@ class Loop:
             self._report(self._first, force=True)
             self._stop_if_asked(f"before epoch {self._first}")
             for index in range(self._first, self.total):
-                epoch = Epoch.begin(self, index, self._inside)
-                self._inside = None
+                epoch = self._begin(index)
                 started = time.monotonic()
                 yield epoch
                 self._end(epoch, time.monotonic() - started)
                 if epoch._ends_training:
                     return
 
+    def _begin(self, index: int) -> Epoch:
+        resumed, self._inside = self._inside, None
+        epoch = Epoch.begin(self, index, resumed)
+        if resumed is not None and not resumed.outside:
+            rng.restore(resumed.rng_at_epoch or {})
+        self._look_outside(epoch, 0)
+        return epoch
+
     # --- inside an epoch ---
+
+    def _look_outside(self, epoch: Epoch, passes: int) -> None:
+        """Remember what the code after so many passes finds, or put it back where it runs again."""
+        resumed = epoch._resumed
+        if resumed is not None and passes < len(resumed.outside):
+            before = resumed.outside[passes]
+            put_back_found(self._restored, before, new=self._new_keys)
+        else:
+            before = found(self.parts.items() if self.handler is not None else [])
+        epoch._outside.append(before)
 
     def steps(self, epoch: Epoch, loader: Iterable[T]) -> Iterator[T]:
         """`Epoch.steps`."""
+        if epoch._in_steps:
+            raise UsageError(
+                "two epoch.steps() are gone through side by side, where no one step can be gone on from: use "
+                "one for both, epoch.steps(zip(a, b))"
+            )
         epoch._call += 1
         resumed = epoch._resumed
         if resumed is not None and epoch._call < resumed.call:
+            self._look_outside(epoch, epoch._call + 1)
             return  # done before the interruption
-        if resumed is not None and epoch._call > resumed.call:
-            resumed = None
         steps = steps_of(loader, self._seed, int(epoch))
         if steps.refusal is not None and self.handler is not None:
             self._warn(
                 "refusal",
                 f"a resume starts the interrupted epoch again, since of this loader {steps.refusal}",
             )
-        done = 0 if resumed is None or steps.refusal is not None else resumed.call_steps
         sizes = BatchSizes(loader)
         epoch._in_steps = True
         try:
-            for batch in self._batches(steps, done, resumed):
+            done, batches = (
+                (0, steps.begin(0, None)) if resumed is None else self._go_on(epoch, steps, resumed)
+            )
+            for batch in batches:
                 yield batch
                 self._count.add(sizes.of(done))
                 done += 1
                 epoch._step += 1
                 self._step_done(epoch, steps, done)
+            self._look_outside(epoch, epoch._call + 1)
+        except GeneratorExit:  # a break
+            if not sys.is_finalizing():
+                self._look_outside(epoch, epoch._call + 1)
+            raise
         finally:
             epoch._in_steps = False
-            epoch._resumed = None
 
-    def _batches(self, steps: Steps, done: int, resumed: Inside | None) -> Iterator[Any]:
-        batches = steps.batches(done, None if resumed is None else resumed.loader)
-        if resumed is None or not done:
-            yield from batches
-            return
-        try:
-            # A loader draws from the global generators while it starts, so they are put back after its
-            # first batch is there.
-            first = next(batches, None)
-        except OrderChanged:
+    def _go_on(self, epoch: Epoch, steps: Steps, resumed: Inside) -> tuple[int, Iterator[Any]]:
+        """The pass that was interrupted: how many of its steps are done, and the batches after them."""
+        done = 0 if steps.refusal is not None else resumed.call_steps
+        batches = None
+        if done:
+            try:
+                batches = steps.begin(done, resumed.loader)
+            except OrderChanged:
+                done = 0
+                self._warn(
+                    "order", "the data are in another order than before: the epoch starts again from its top"
+                )
+        self._undo_outside(epoch, resumed)
+        if batches is None:
+            epoch._step -= resumed.call_steps
+            return 0, steps.begin(0, None)
+        if steps.is_inexact(resumed.rng):
             self._warn(
-                "order", "the data are in another order than before: the epoch starts again from its top"
+                "replay",
+                "both the loop and what epoch.steps goes through draw random numbers at every batch, so "
+                "those before the position were drawn again with other ones: the resume is exact only if no "
+                "batch depends on the batches before it",
             )
-            yield from steps.batches(0, None)
-            return
+        # A loader draws from the global generators while it starts and while it skips.
         rng.restore(resumed.rng)
-        if first is not None:
-            yield first
-            yield from batches
+        return done, batches
+
+    def _undo_outside(self, epoch: Epoch, resumed: Inside) -> None:
+        """Undo what code outside of the steps has done since the epoch began: it was done before the save."""
+        epoch._resumed = None
+        epoch._gathered(resumed)
+        # Read again rather than kept since: the memory for a second state may not be there.
+        saved = self.handler.load_checkpoint(allow_pickle=self.allow_pickle) if self.handler else None
+        if saved is None or (int(saved["epoch"]), saved.get("step")) != self._restored_from:
+            raise ResumeError("the checkpoint that this training goes on from is gone: resume it once more")
+        for name, part in self._restored:
+            if name == "state":
+                make_same(part, saved[name], keep=self._new_keys)
+            else:
+                put_back(part, saved[name], name.removesuffix("_state"))
 
     def _step_done(self, epoch: Epoch, steps: Steps, done: int) -> None:
         self._hear_of_save(wait=False)
@@ -173,8 +230,9 @@ class Loop:
             return
         if steps.refusal is None:
             inside = Inside(
-                epoch._call, done, epoch._step, steps.position(), rng.capture(), epoch._rng_at_start,
-                epoch._record, epoch.state, epoch._means,
+                call=epoch._call, call_steps=done, step=epoch._step, loader=steps.position(),
+                rng=rng.capture(), record=epoch._record, state=epoch.state, means=epoch._means,
+                outside=epoch._outside,
             )  # fmt: skip
             self._save(int(epoch), inside, ended_early=False)
         # Asked again: a stop that came while the state was being saved finds all of it saved.
@@ -193,6 +251,13 @@ class Loop:
 
     def _end(self, epoch: Epoch, seconds: float) -> None:
         self._hear_of_save(wait=False)
+        if epoch._resumed is not None:
+            self._warn(
+                "pass",
+                f"epoch {int(epoch)} was interrupted in its pass {epoch._resumed.call + 1} over batches, "
+                "which did not come again: what it had not done yet is left out",
+            )
+            self._undo_outside(epoch, epoch._resumed)
         now = time.monotonic()
         self._schedule.epoch_ended(now)
         self.note(epoch)
@@ -342,12 +407,16 @@ class Loop:
             if saved.get(name) is None:
                 self._warn(name, f"the checkpoint has no {name}: that part goes on as it is")
             else:
+                if name == "state":
+                    self._new_keys = {key for key in part if key not in saved[name]}
                 put_back(part, saved[name], name.removesuffix("_state"))
+                self._restored.append((name, part))
         self.history.extend(saved.get("history") or [])
         training = saved.get("training") or {}
         self._seed = int(training.get("seed", rng.process_seed() if self.seed is None else self.seed))
         self._ended_early = bool(training.get("ended_early", False))
         self._first = int(saved["epoch"]) + 1
+        self._restored_from = (int(saved["epoch"]), saved.get("step"))
         inside = training.get("inside")
         if inside is not None and self._first < self.total:
             self._inside = Inside(**inside)
