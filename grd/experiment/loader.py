@@ -283,12 +283,17 @@ def _as_it_is(item: Any) -> Any:
 
 
 _rebuilt_loaders: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_COPIED = (
+    "collate_fn", "num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
+    "prefetch_factor", "persistent_workers",
+)  # fmt: skip
 
 
 def _rebuilt(loader: Any) -> Any:
-    """The rebuilt twin of ``loader``, kept as long as it lives: persistent workers stay."""
-    twin = _rebuilt_loaders.get(loader)
-    if twin is None:
+    """The rebuilt twin of ``loader``, kept until it dies or is changed: persistent workers stay."""
+    made_of = [getattr(loader, name) for name in _COPIED]
+    before, twin = _rebuilt_loaders.get(loader, (None, None))
+    if before != made_of:
         import torch
         from torch.utils.data import DataLoader
 
@@ -306,5 +311,5 @@ def _rebuilt(loader: Any) -> Any:
             prefetch_factor=loader.prefetch_factor,
             persistent_workers=loader.persistent_workers,
         )
-        _rebuilt_loaders[loader] = twin
+        _rebuilt_loaders[loader] = (made_of, twin)
     return twin
