@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from grd.experiment import training
 
 pytestmark = pytest.mark.usefixtures("by_hand")
 
+ROOT = Path(__file__).resolve().parents[1]
 ALWAYS = "0.0000001s"
 X = torch.linspace(-1, 1, 256).reshape(64, 4)
 Y = X.sum(1, keepdim=True)
@@ -308,3 +311,53 @@ def test_a_validation_within_the_loop_over_batches_is_part_of_its_step(tmp_path:
         return state["seen"]
 
     check_all_kills(once, tmp_path)
+
+
+# --- loaders and cells -----------------------------------------------------------------------------------
+
+
+def test_a_loader_changed_between_two_epochs_is_taken_as_it_is_now() -> None:
+    loader = DataLoader(TensorDataset(X), 32, collate_fn=lambda samples: ("one", len(samples)))
+    seen = []
+    for epoch in training.epochs(2):
+        if epoch == 1:
+            loader.collate_fn = lambda samples: ("two", len(samples))
+        seen += list(epoch.steps(loader))
+    assert seen == [("one", 32)] * 2 + [("two", 32)] * 2
+
+
+CELLS = """
+import sys
+from IPython.core.interactiveshell import InteractiveShell
+
+shell = InteractiveShell.instance()
+shell.run_cell('''
+import os, signal
+from grd.experiment import training
+epochs = training.epochs(5, state={}, checkpoint_dir=os.environ["FOLDER"], every=100)
+steps = next(epochs).steps(range(9))
+next(steps)
+''')
+ended = shell.run_cell('''
+next(steps)
+os.kill(os.getpid(), signal.SIGTERM)
+next(steps)
+''')
+print(type(ended.error_in_exec).__name__, file=sys.stderr)
+"""
+
+
+def test_a_training_begun_in_one_cell_still_saves_on_sigterm_in_the_next(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CELLS],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "FOLDER": str(tmp_path / "c"),
+            "IPYTHONDIR": str(tmp_path / "ipython"),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr.strip().endswith("ExperimentInterrupted"), done
+    assert (tmp_path / "c" / "checkpoint_epoch_0_step_2.pt").exists()

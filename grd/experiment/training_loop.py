@@ -79,6 +79,7 @@ class Loop:
 
     _ended_early: bool = False
     _seed: int = 0
+    _armed: object | None = None
     _saved_at: tuple[int, int | None] | None = None
     _failure: str | None = None
     _told: set[str] = field(default_factory=set)
@@ -90,7 +91,8 @@ class Loop:
         """Hand out the epochs that are still to be trained."""
         self._arming = contextlib.ExitStack()
         with self._arming:
-            self._arming.enter_context(interruption.armed())
+            self._armed = self._arming.enter_context(interruption.armed())
+            self._arming.callback(self._disarmed)
             self._arming.enter_context(under_way("epochs"))
             self._arming.push(self._await_save)  # also where the training is left by an error
             self._restore()
@@ -117,9 +119,13 @@ class Loop:
                 epoch = self._begin(index)
                 started = time.monotonic()
                 yield epoch
+                interruption.rearm(self._armed)
                 self._end(epoch, time.monotonic() - started)
                 if epoch._ends_training:
                     return
+
+    def _disarmed(self) -> None:
+        self._armed = None  # an epoch may be gone through after its loop is closed
 
     def _begin(self, index: int) -> Epoch:
         resumed, self._inside = self._inside, None
@@ -167,6 +173,7 @@ class Loop:
             )
             for batch in batches:
                 yield batch
+                interruption.rearm(self._armed)
                 self._count.add(sizes.of(done))
                 done += 1
                 epoch._step += 1
