@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from grd.errors import UsageError
-from grd.experiment import training
+from grd.experiment import CheckpointHandler, training
 
 pytestmark = pytest.mark.usefixtures("by_hand")
 
@@ -333,7 +333,7 @@ from IPython.core.interactiveshell import InteractiveShell
 shell = InteractiveShell.instance()
 shell.run_cell('''
 import os, signal
-from grd.experiment import training
+from grd.experiment import CheckpointHandler, training
 epochs = training.epochs(5, state={}, checkpoint_dir=os.environ["FOLDER"], every=100)
 steps = next(epochs).steps(range(9))
 next(steps)
@@ -361,3 +361,59 @@ def test_a_training_begun_in_one_cell_still_saves_on_sigterm_in_the_next(tmp_pat
     )
     assert done.stderr.strip().endswith("ExperimentInterrupted"), done
     assert (tmp_path / "c" / "checkpoint_epoch_0_step_2.pt").exists()
+
+
+# --- gradients -------------------------------------------------------------------------------------------
+
+
+def gathering(batches: int) -> Once:
+    """A training that takes a step every ``batches`` batches, also across the end of an epoch."""
+
+    def once(folder: Path, resume: bool, after_step: Killer) -> Any:
+        model = nn.Linear(4, 1)
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        state = {"n": 0}
+        loader = DataLoader(TensorDataset(X, Y), 16, shuffle=True)
+        for epoch in training.epochs(
+            2, model=model, optimizer=optimizer, state=state, checkpoint_dir=folder, resume=resume,
+            every=ALWAYS,
+        ):  # fmt: skip
+            for x, y in epoch.steps(loader):
+                ((model(x) - y) ** 2).mean().backward()
+                state["n"] += 1
+                if state["n"] % batches == 0:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                after_step()
+            for (x,) in epoch.steps([(X,)] * 2):
+                model(x)
+                after_step()
+        return weights(model)
+
+    return once
+
+
+def test_gradients_gathered_over_several_batches_are_not_lost(tmp_path: Path) -> None:
+    check_all_kills(gathering(3), tmp_path)
+
+
+def test_gradients_that_are_used_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[bool] = []
+    save = CheckpointHandler.save_checkpoint
+
+    def seen(*arguments: Any, **options: Any) -> Path:
+        saved.append("gradients" in options)
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(CheckpointHandler, "save_checkpoint", seen)
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for epoch in training.epochs(2, model=model, optimizer=optimizer, checkpoint_dir=tmp_path, every=ALWAYS):
+        for x, y in epoch.steps([(X, Y)] * 3):
+            optimizer.zero_grad()
+            ((model(x) - y) ** 2).mean().backward()
+            optimizer.step()
+        for x, _ in epoch.steps([(X, Y)] * 3):
+            model(x)
+    assert len(saved) > 8 and not any(saved)
+    assert not optimizer._optimizer_step_post_hooks

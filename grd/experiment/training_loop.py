@@ -20,6 +20,7 @@ from grd.experiment.checkpoint_handler import AsyncSave, CheckpointHandler
 from grd.experiment.counting import BatchSizes, Count
 from grd.experiment.epoch import Epoch, Inside
 from grd.experiment.events import emit, run_id
+from grd.experiment.gradients import Gradients
 from grd.experiment.loader import OrderChanged, Steps, steps_of
 from grd.experiment.outside import found, make_same, put_back_found
 from grd.experiment.reporting import report_progress, under_way
@@ -93,6 +94,10 @@ class Loop:
         with self._arming:
             self._armed = self._arming.enter_context(interruption.armed())
             self._arming.callback(self._disarmed)
+            self._gradients = Gradients(self.parts.optimizer)
+            if self.handler is not None:
+                self._gradients.watch()
+                self._arming.callback(self._gradients.close)
             self._arming.enter_context(under_way("epochs"))
             self._arming.push(self._await_save)  # also where the training is left by an error
             self._restore()
@@ -117,6 +122,7 @@ class Loop:
             self._stop_if_asked(f"before epoch {self._first}")
             for index in range(self._first, self.total):
                 epoch = self._begin(index)
+                self._gradients.batch_begins()
                 started = time.monotonic()
                 yield epoch
                 interruption.rearm(self._armed)
@@ -144,6 +150,7 @@ class Loop:
             before = resumed.outside[passes]
             put_back_found(self._restored, before, new=self._new_keys)
         else:
+            self._gradients.pass_ended()
             before = found(self.parts.items() if self.handler is not None else [])
         epoch._outside.append(before)
 
@@ -172,6 +179,7 @@ class Loop:
                 (0, steps.begin(0, None)) if resumed is None else self._go_on(epoch, steps, resumed)
             )
             for batch in batches:
+                self._gradients.batch_begins()
                 yield batch
                 interruption.rearm(self._armed)
                 self._count.add(sizes.of(done))
@@ -226,6 +234,7 @@ class Loop:
                 make_same(part, saved[name], keep=self._new_keys)
             else:
                 put_back(part, saved[name], name.removesuffix("_state"))
+        self._gradients.put_back(saved.get("gradients") or {})
 
     def _step_done(self, epoch: Epoch, steps: Steps, done: int) -> None:
         self._hear_of_save(wait=False)
@@ -295,6 +304,9 @@ class Loop:
             done = done[:-1]
         content["history"] = [dict(record) for record in done]
         content["rng"] = rng.capture()
+        gradients = self._gradients.take()
+        if gradients:
+            content["gradients"] = gradients
         content["training"] = {
             "seed": self._seed,
             "total": self.total,
@@ -418,6 +430,7 @@ class Loop:
                     self._new_keys = {key for key in part if key not in saved[name]}
                 put_back(part, saved[name], name.removesuffix("_state"))
                 self._restored.append((name, part))
+        self._gradients.put_back(saved.get("gradients") or {})
         self.history.extend(saved.get("history") or [])
         training = saved.get("training") or {}
         self._seed = int(training.get("seed", rng.process_seed() if self.seed is None else self.seed))
