@@ -417,3 +417,34 @@ def test_gradients_that_are_used_are_not_saved(tmp_path: Path, monkeypatch: pyte
             model(x)
     assert len(saved) > 8 and not any(saved)
     assert not optimizer._optimizer_step_post_hooks
+
+
+# --- two trainings ---------------------------------------------------------------------------------------
+
+
+def test_two_trainings_by_hand_in_one_folder_are_told_at_the_start_and_at_the_resume(tmp_path: Path) -> None:
+    code = (
+        "import os\nfrom grd.experiment import training\n"
+        "for number in (1, 2):\n"
+        "    for epoch in training.epochs(2, checkpoint_dir=os.environ['FOLDER'], resume=RESUME): pass\n"
+    )
+    told = []
+    for resume in ("False", "True"):
+        done = subprocess.run(
+            [sys.executable, "-c", code.replace("RESUME", resume)],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "FOLDER": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        told.append(done.stderr)
+    assert told[0].count("give each a checkpoint_dir of its own") == 1
+    assert told[1].count("is of the second training") == 1
+
+
+def test_a_training_resumed_by_hand_in_the_same_process_is_the_same_one(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for epochs in (1, 2, 3):
+            list(training.epochs(epochs, checkpoint_dir=tmp_path, resume=True))
+    assert list(training.epochs(3, checkpoint_dir=tmp_path, resume=True)) == []

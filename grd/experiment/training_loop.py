@@ -81,6 +81,9 @@ class Loop:
     _ended_early: bool = False
     _seed: int = 0
     _armed: object | None = None
+    _after_another: bool = False
+    """Whether another training of this process had ended in the folder before."""
+
     _saved_at: tuple[int, int | None] | None = None
     _failure: str | None = None
     _told: set[str] = field(default_factory=set)
@@ -94,6 +97,7 @@ class Loop:
         with self._arming:
             self._armed = self._arming.enter_context(interruption.armed())
             self._arming.callback(self._disarmed)
+            self._tell_of_another()
             self._gradients = Gradients(self.parts.optimizer)
             if self.handler is not None:
                 self._gradients.watch()
@@ -288,6 +292,8 @@ class Loop:
         due = is_last or self._schedule.due_after_epoch(now, int(epoch))
         if due or interruption.stop_requested() is not None:
             self._save(int(epoch), None, ended_early=epoch._ends_training, is_last=is_last)
+            if is_last and self.handler is not None:
+                _ended_here.add(os.path.realpath(self.handler.checkpoint_dir))
             self._stop_if_asked(f"after epoch {int(epoch)}")
 
     def note(self, epoch: Epoch) -> None:
@@ -311,6 +317,7 @@ class Loop:
             "seed": self._seed,
             "total": self.total,
             "ended_early": ended_early,
+            "after_another": self._after_another,
             "inside": None if inside is None else dict(vars(inside)),
         }
         return content
@@ -415,6 +422,17 @@ class Loop:
                 f"saving takes about {overhead:.0%} of the time, to risk no more work than was agreed",
             )
 
+    def _tell_of_another(self) -> None:
+        if self.handler is None or os.path.realpath(self.handler.checkpoint_dir) not in _ended_here:
+            return
+        self._after_another = True
+        if not self.resume:
+            self._warn(
+                "another",
+                f"another training has ended in {self.handler.checkpoint_dir} and this one takes the place "
+                "of its checkpoints: where both are to be resumed, give each a checkpoint_dir of its own",
+            )
+
     def _restore(self) -> None:
         saved = None
         if self.handler is not None and self.resume:
@@ -433,6 +451,13 @@ class Loop:
         self._gradients.put_back(saved.get("gradients") or {})
         self.history.extend(saved.get("history") or [])
         training = saved.get("training") or {}
+        if training.get("after_another") and not self._after_another:
+            self._warn(
+                "another",
+                "the newest checkpoint is of the second training of a process that saved both to one folder: "
+                "if this is the first, start it fresh with a checkpoint_dir of its own",
+            )
+            self._after_another = True
         self._seed = int(training.get("seed", rng.process_seed() if self.seed is None else self.seed))
         self._ended_early = bool(training.get("ended_early", False))
         self._first = int(saved["epoch"]) + 1
@@ -493,12 +518,17 @@ def deadline_of_run() -> float | None:
 
 
 _loops_here: dict[str, int] = {}
+_ended_here: set[str] = set()
 
 
 def make_handler(
     checkpoint_dir: Path | str, *, total: int | None, resume: bool, keep_bytes: int | str | None
 ) -> Any:
-    """The handler of a loop. A second loop of one run gets a subfolder, or it would pass for the first."""
+    """The handler of a loop. A second loop of one run gets a subfolder, or it would pass for the first.
+
+    Outside of a run a cell that is executed again cannot be told from another training: both get the folder
+    itself, and the loop warns of it.
+    """
     folder = Path(checkpoint_dir)
     if run_id() is not None:
         key = os.path.realpath(folder)
