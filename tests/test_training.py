@@ -220,7 +220,7 @@ def without(saved: dict[str, Any], what: str) -> dict[str, Any]:
     inside = saved["training"]["inside"]
     kind, _, name = what.partition(" ")
     if kind == "rng":
-        for generators in (saved["rng"], inside["rng"], inside["rng_at_epoch"]):
+        for generators in (saved["rng"], inside["rng"], *(found["rng"] for found in inside["outside"])):
             del generators[name]
     elif what == "position":
         inside.update(call_steps=0, step=0, loader=None)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from grd.experiment import rng
 from grd.experiment.reporting import as_number, log_metrics
+from grd.experiment.training_state import PuttingBack
 
 T = TypeVar("T")
 
@@ -32,17 +33,27 @@ class Inside:
     step: int
     loader: dict[str, Any]
     rng: dict[str, Any]
-    rng_at_epoch: dict[str, Any]
+    """Right before the next batch is drawn."""
+
     record: dict[str, Any]
     state: dict[str, Any]
     means: dict[str, Any]
+    outside: list[dict[str, Any]] = field(default_factory=list)
+    """What was found (`outside.found`) at the epoch's beginning and at the end of each pass before."""
+
+    rng_at_epoch: dict[str, Any] | None = None
+    """In older checkpoints, instead of ``outside``."""
 
 
 class Epoch(int):
     """One epoch of a training; everywhere an int, counted from 0.
 
     ``state`` is saved inside the epoch too, and empty at its beginning: running sums belong there, since
-    local variables of an interrupted epoch are lost.
+    local variables of an interrupted epoch are lost. Code before the first pass over batches and between two
+    passes runs again at a resume inside the epoch. It finds the random generators, the scheduler, the scaler
+    and the small values of the training's ``state`` as it found them at first; model, optimizer and
+    ``epoch.state`` are already those of the interruption. What it does to any of them is undone where the
+    interrupted pass goes on.
     """
 
     state: dict[str, Any]
@@ -54,7 +65,7 @@ class Epoch(int):
     _in_steps: bool
     _ends_training: bool
     _resumed: Inside | None
-    _rng_at_start: dict[str, Any]
+    _outside: list[dict[str, Any]]
 
     @classmethod
     def begin(cls, loop: Training, index: int, resumed: Inside | None) -> Epoch:
@@ -68,14 +79,18 @@ class Epoch(int):
         epoch.state = {}
         epoch._means = {}
         epoch._record = {"epoch": index}
+        epoch._outside = []
         if resumed is not None:
             epoch._step = resumed.step
-            epoch.state.update(resumed.state)
-            epoch._means.update(resumed.means)
-            epoch._record.update(resumed.record)
-            rng.restore(resumed.rng_at_epoch)
-        epoch._rng_at_start = rng.capture()
+            epoch._gathered(resumed)
         return epoch
+
+    def _gathered(self, resumed: Inside) -> None:
+        """Make what the epoch has gathered what it was when ``resumed`` was saved."""
+        putting = PuttingBack()
+        putting.put(self.state, copy.deepcopy(resumed.state), "epoch.state")
+        putting.put(self._means, dict(resumed.means), "means")
+        putting.put(self._record, dict(resumed.record), "record")
 
     @property
     def index(self) -> int:
@@ -91,8 +106,14 @@ class Epoch(int):
         """The batches of ``loader``, so that a stop or a resume can fall between any two of them.
 
         A torch DataLoader over a map-style dataset comes in an order that depends on the seed and the epoch
-        only, whatever its workers. Other iterables are replayed up to the position; a loader whose order
-        cannot be repeated is resumed at the beginning of the epoch, and a warning says so once.
+        only, whatever its workers. Other iterables are replayed up to the position, from the random numbers
+        that they began with, and go on with those of the interruption: make them anew for each pass. Where
+        that may not be exact, and where a loader's order cannot be repeated, so that the epoch is resumed at
+        its beginning, a warning says so once. A generator of random numbers that a dataset keeps for itself
+        is not restored: draw from the global ones, or make it from the sample's index.
+
+        A call within the loop over another one's batches (a validation every 100 steps) is part of that
+        step. Raises UsageError if two passes are gone through side by side: zip the loaders instead.
         """
         if self._in_steps:
             return iter(loader)

@@ -217,9 +217,17 @@ def unwatch(watcher: Watcher) -> None:
     _uninstall_if_unused()
 
 
-def rearm() -> None:
-    """Take SIGINT again in a new cell: ipykernel resets it around every cell. Cheap; harmless elsewhere."""
-    if (_state.armings or _watched()) and _in_main_thread():
+def rearm(token: object | None = None) -> None:
+    """Take SIGINT again in a new cell: ipykernel resets it around every cell. Cheap; harmless elsewhere.
+
+    ``token``: what `armed` gave to a loop that goes on in this cell; the end of the one before disarmed it.
+    """
+    if not _in_main_thread():
+        return
+    if token is not None and token not in _state.armings:
+        _own()
+        _state.armings.add(token)
+    if _state.armings or _watched():
         _install()
 
 
@@ -238,7 +246,7 @@ def _hook_cell_end() -> None:
 
 
 @contextlib.contextmanager
-def armed() -> Iterator[None]:
+def armed() -> Iterator[object]:
     """Turn SIGTERM and SIGINT into `stop_requested` until the block ends; the old handlers come back then.
 
     A second SIGINT raises KeyboardInterrupt, except while a save is in progress. A signal that came but
@@ -251,7 +259,7 @@ def armed() -> Iterator[None]:
         _state.armings.add(token)
         _install()
     try:
-        yield
+        yield token
     except BaseException:
         _disarm(token)
         raise

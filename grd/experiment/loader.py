@@ -2,7 +2,8 @@
 
 A torch DataLoader over a map-style dataset is rebuilt from its attributes: the order of an epoch is a
 function of (seed, epoch), what is drawn while loading a sample one of (seed, epoch, index). So a position is
-a number, and neither workers nor their count matter. Other iterables are replayed up to the position.
+a number, and neither workers nor their count matter. Other iterables are replayed up to the position. Each
+pass begins before the next batch is drawn, so that the generators can be put back in between.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ class Steps(Protocol):
     refusal: str | None
     """Why this pass cannot be continued in its middle, or None."""
 
-    def batches(self, start: int, resumed: dict[str, Any] | None) -> Iterator[Any]:
-        """The batches from number ``start`` on; ``resumed`` is the `position` saved there."""
+    def begin(self, start: int, resumed: dict[str, Any] | None) -> Iterator[Any]:
+        """The batches from number ``start`` on, none drawn yet; ``resumed`` is the `position` saved there."""
 
     def position(self) -> dict[str, Any]:
-        """What `batches` needs besides the number to continue after a restart."""
+        """What `begin` needs besides the number to continue after a restart."""
+
+    def is_inexact(self, saved_rng: dict[str, Any]) -> bool:
+        """Whether what was skipped may have left other traces than at first; ``saved_rng``: from there on."""
 
 
 def steps_of(loader: Iterable[Any], seed: int, epoch: int) -> Steps:
@@ -85,7 +89,14 @@ def _refusal(loader: Any, utils: Any) -> str | None:
     return None
 
 
-class _PlainSteps:
+class _Exact:
+    """A pass that skips nothing, or what leaves no traces."""
+
+    def is_inexact(self, saved_rng: dict[str, Any]) -> bool:
+        return False
+
+
+class _PlainSteps(_Exact):
     """Batches as they come; only the start of the epoch can be resumed."""
 
     def __init__(self, loader: Any, refusal: str) -> None:
@@ -93,14 +104,14 @@ class _PlainSteps:
         self.refusal: str | None = refusal
         self.total = _length(loader)
 
-    def batches(self, start: int, resumed: dict[str, Any] | None) -> Iterator[Any]:
-        yield from self.loader
+    def begin(self, start: int, resumed: dict[str, Any] | None) -> Iterator[Any]:
+        return iter(self.loader)
 
     def position(self) -> dict[str, Any]:
         return {}
 
 
-class _StatefulSteps:
+class _StatefulSteps(_Exact):
     """A loader, or its dataset, that knows its own position."""
 
     refusal: str | None = None
@@ -110,11 +121,11 @@ class _StatefulSteps:
         self.owner = loader if owner is None else owner
         self.total = _length(loader)
 
-    def batches(self, start: int, resumed: dict[str, Any] | None) -> Iterator[Any]:
+    def begin(self, start: int, resumed: dict[str, Any] | None) -> Iterator[Any]:
         if resumed is not None and "owner" in resumed:
             self.owner.load_state_dict(resumed["owner"])
             self.total = None if self.total is None else max(self.total, start)
-        yield from self.loader
+        return iter(self.loader)
 
     def position(self) -> dict[str, Any]:
         return {"owner": self.owner.state_dict()}
@@ -123,7 +134,8 @@ class _StatefulSteps:
 class _ReplayedSteps:
     """Any other iterable: the first batches are drawn again and dropped.
 
-    The randomness at the beginning of the pass is put back for that, so that they are the same ones.
+    The randomness at the beginning of the pass is put back for that: an order that is drawn there comes
+    again. What the loop itself drew between the batches does not, so that those that are dropped may differ.
     """
 
     refusal: str | None = None
@@ -132,21 +144,29 @@ class _ReplayedSteps:
         self.loader = loader
         self.total = _length(loader)
         self._at_start: dict[str, Any] | None = None
+        self._after: list[dict[str, Any]] = []
+        """After the first batch that is dropped, and after the last."""
 
-    def batches(self, start: int, resumed: dict[str, Any] | None) -> Iterator[Any]:
+    def begin(self, start: int, resumed: dict[str, Any] | None) -> Iterator[Any]:
         if resumed is not None and resumed.get("rng_at_start") is not None:
             rng.restore(resumed["rng_at_start"])
         self._at_start = rng.capture()
         iterator = iter(self.loader)
-        for _ in itertools.islice(iterator, start):
-            pass
-        yield from iterator
+        for several in (min(start, 1), start - 1):
+            for _ in itertools.islice(iterator, max(0, several)):
+                pass
+            self._after.append(rng.capture())
+        return iterator
 
     def position(self) -> dict[str, Any]:
         return {"rng_at_start": self._at_start}
 
+    def is_inexact(self, saved_rng: dict[str, Any]) -> bool:
+        first, last = self._after
+        return bool(rng.differing(first, last) & rng.differing(last, saved_rng))
 
-class _RebuiltSteps:
+
+class _RebuiltSteps(_Exact):
     """A torch DataLoader whose order and randomness depend on seed, epoch and index only."""
 
     def __init__(self, loader: Any, seed: int, epoch: int) -> None:
@@ -158,7 +178,7 @@ class _RebuiltSteps:
         self._order_hash = ""
         self._sampler_state: Any = None
 
-    def batches(self, start: int, resumed: dict[str, Any] | None) -> Iterator[Any]:
+    def begin(self, start: int, resumed: dict[str, Any] | None) -> Iterator[Any]:
         order = self._order(resumed)
         self.total = len(order)
         self._order_hash = str(xxhash.xxh3_64_hexdigest(repr(order).encode()))
@@ -168,7 +188,7 @@ class _RebuiltSteps:
         rebuilt = _rebuilt(self.loader)
         rebuilt.sampler.plan = plan[start:]
         rebuilt.generator.manual_seed(rng.derive(self.seed, "workers", self.epoch))
-        yield from rebuilt
+        return iter(rebuilt)
 
     def position(self) -> dict[str, Any]:
         return {"order": self._order_hash, "sampler": self._sampler_state}
@@ -263,12 +283,17 @@ def _as_it_is(item: Any) -> Any:
 
 
 _rebuilt_loaders: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_COPIED = (
+    "collate_fn", "num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
+    "prefetch_factor", "persistent_workers",
+)  # fmt: skip
 
 
 def _rebuilt(loader: Any) -> Any:
-    """The rebuilt twin of ``loader``, kept as long as it lives: persistent workers stay."""
-    twin = _rebuilt_loaders.get(loader)
-    if twin is None:
+    """The rebuilt twin of ``loader``, kept until it dies or is changed: persistent workers stay."""
+    made_of = [getattr(loader, name) for name in _COPIED]
+    before, twin = _rebuilt_loaders.get(loader, (None, None))
+    if before != made_of:
         import torch
         from torch.utils.data import DataLoader
 
@@ -286,5 +311,5 @@ def _rebuilt(loader: Any) -> Any:
             prefetch_factor=loader.prefetch_factor,
             persistent_workers=loader.persistent_workers,
         )
-        _rebuilt_loaders[loader] = twin
+        _rebuilt_loaders[loader] = (made_of, twin)
     return twin

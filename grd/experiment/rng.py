@@ -56,6 +56,16 @@ def restore(state: dict[str, Any]) -> None:
             torch.cuda.set_rng_state_all([item.cpu() for item in saved_cuda])
 
 
+def differing(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
+    """Names of the CPU generators whose states in two captures are not the same."""
+    names = {name for name in ("python", "numpy") if one.get(name) != other.get(name)}
+    mine, its = one.get("torch"), other.get("torch")
+    same = mine is its if mine is None or its is None else bool((mine.cpu() == its.cpu()).all())
+    if not same:
+        names.add("torch")
+    return names
+
+
 def _torch() -> Any:
     torch = sys.modules.get("torch")
     return torch if torch is not None and hasattr(torch, "get_rng_state") else None

@@ -61,7 +61,9 @@ def epochs(
     training goes on while a copy of its state is written, which takes the memory of a second state;
     ``"auto"``: for 32 MB and more, on a GPU or where torch leaves a core alone. What a stop request or the
     last epoch saves is always waited for.
-    Without ``checkpoint_dir`` nothing is saved.
+    Without ``checkpoint_dir`` nothing is saved. Within a run of grd a second loop saves to a folder of its
+    own below it; outside, two trainings that are both to be resumed need a ``checkpoint_dir`` each, and a
+    warning says so.
 
     Raises ExperimentInterrupted once a stop request is honoured, UsageError for wrong arguments,
     ResumeError for a checkpoint that does not fit, CheckpointRefused for state that cannot be stored.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -12,18 +13,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from grd import contract
-from grd.errors import CheckpointError, CheckpointFenced, CheckpointRefused
+from grd.errors import CheckpointError, CheckpointFenced, CheckpointRefused, ResumeError, UsageError
 from grd.experiment import checkpoint_file, interruption, rng
 from grd.experiment.background_save import BackgroundSave
 from grd.experiment.checkpoint_handler import AsyncSave, CheckpointHandler
 from grd.experiment.counting import BatchSizes, Count
 from grd.experiment.epoch import Epoch, Inside
 from grd.experiment.events import emit, run_id
+from grd.experiment.gradients import Gradients
 from grd.experiment.loader import OrderChanged, Steps, steps_of
+from grd.experiment.outside import found, put_back_found
 from grd.experiment.reporting import report_progress, under_way
 from grd.experiment.schedule import Every, Schedule
 from grd.experiment.stopped import stopped
-from grd.experiment.training_state import PuttingBack, count_parameters, take
+from grd.experiment.training_state import PuttingBack, UserState, count_parameters, take
 from grd.settings import Settings, parse_duration
 
 T = TypeVar("T")
@@ -38,7 +41,7 @@ class Parts:
     scheduler: Any = None
     scaler: Any = None
     ema: Any = None
-    state: dict[str, Any] | None = None
+    state: UserState | None = None
 
     def items(self) -> list[tuple[str, Any]]:
         """Name in the checkpoint, and object, of each part there is."""
@@ -68,8 +71,19 @@ class Loop:
     history: list[dict[str, Any]] = field(default_factory=list)
     _first: int = 0
     _inside: Inside | None = None
+    _restored: list[tuple[str, Any]] = field(default_factory=list)
+    """The parts that the checkpoint had."""
+
+    _restored_from: tuple[int, int | None] | None = None
+    _new_keys: set[Any] = field(default_factory=set)
+    """Of the user's ``state``: those that the checkpoint did not have."""
+
     _ended_early: bool = False
     _seed: int = 0
+    _armed: object | None = None
+    _after_another: bool = False
+    """Whether another training of this process had ended in the folder before."""
+
     _saved_at: tuple[int, int | None] | None = None
     _failure: str | None = None
     _told: set[str] = field(default_factory=set)
@@ -81,7 +95,13 @@ class Loop:
         """Hand out the epochs that are still to be trained."""
         self._arming = contextlib.ExitStack()
         with self._arming:
-            self._arming.enter_context(interruption.armed())
+            self._armed = self._arming.enter_context(interruption.armed())
+            self._arming.callback(self._disarmed)
+            self._tell_of_another()
+            self._gradients = Gradients(self.parts.optimizer)
+            if self.handler is not None:
+                self._gradients.watch()
+                self._arming.callback(self._gradients.close)
             self._arming.enter_context(under_way("epochs"))
             self._arming.push(self._await_save)  # also where the training is left by an error
             self._restore()
@@ -105,63 +125,120 @@ class Loop:
             self._report(self._first, force=True)
             self._stop_if_asked(f"before epoch {self._first}")
             for index in range(self._first, self.total):
-                epoch = Epoch.begin(self, index, self._inside)
-                self._inside = None
+                epoch = self._begin(index)
+                self._gradients.batch_begins()
                 started = time.monotonic()
                 yield epoch
+                interruption.rearm(self._armed)
                 self._end(epoch, time.monotonic() - started)
                 if epoch._ends_training:
                     return
 
+    def _disarmed(self) -> None:
+        self._armed = None  # an epoch may be gone through after its loop is closed
+
+    def _begin(self, index: int) -> Epoch:
+        resumed, self._inside = self._inside, None
+        epoch = Epoch.begin(self, index, resumed)
+        if resumed is not None and not resumed.outside:
+            rng.restore(resumed.rng_at_epoch or {})
+        self._look_outside(epoch, 0)
+        return epoch
+
     # --- inside an epoch ---
+
+    def _look_outside(self, epoch: Epoch, passes: int) -> None:
+        """Remember what the code after so many passes finds, or put it back where it runs again."""
+        resumed = epoch._resumed
+        if resumed is not None and passes < len(resumed.outside):
+            before = resumed.outside[passes]
+            put_back_found(self._restored, before, new=self._new_keys)
+        else:
+            self._gradients.pass_ended()
+            before = found(self.parts.items() if self.handler is not None else [])
+        epoch._outside.append(before)
 
     def steps(self, epoch: Epoch, loader: Iterable[T]) -> Iterator[T]:
         """`Epoch.steps`."""
+        if epoch._in_steps:
+            raise UsageError(
+                "two epoch.steps() are gone through side by side, where no one step can be gone on from: use "
+                "one for both, epoch.steps(zip(a, b))"
+            )
         epoch._call += 1
         resumed = epoch._resumed
         if resumed is not None and epoch._call < resumed.call:
+            self._look_outside(epoch, epoch._call + 1)
             return  # done before the interruption
-        if resumed is not None and epoch._call > resumed.call:
-            resumed = None
         steps = steps_of(loader, self._seed, int(epoch))
         if steps.refusal is not None and self.handler is not None:
             self._warn(
                 "refusal",
                 f"a resume starts the interrupted epoch again, since of this loader {steps.refusal}",
             )
-        done = 0 if resumed is None or steps.refusal is not None else resumed.call_steps
         sizes = BatchSizes(loader)
         epoch._in_steps = True
         try:
-            for batch in self._batches(steps, done, resumed):
+            done, batches = (
+                (0, steps.begin(0, None)) if resumed is None else self._go_on(epoch, steps, resumed)
+            )
+            for batch in batches:
+                self._gradients.batch_begins()
                 yield batch
+                interruption.rearm(self._armed)
                 self._count.add(sizes.of(done))
                 done += 1
                 epoch._step += 1
                 self._step_done(epoch, steps, done)
+            self._look_outside(epoch, epoch._call + 1)
+        except GeneratorExit:  # a break
+            if not sys.is_finalizing():
+                self._look_outside(epoch, epoch._call + 1)
+            raise
         finally:
             epoch._in_steps = False
-            epoch._resumed = None
 
-    def _batches(self, steps: Steps, done: int, resumed: Inside | None) -> Iterator[Any]:
-        batches = steps.batches(done, None if resumed is None else resumed.loader)
-        if resumed is None or not done:
-            yield from batches
-            return
-        try:
-            # A loader draws from the global generators while it starts, so they are put back after its
-            # first batch is there.
-            first = next(batches, None)
-        except OrderChanged:
+    def _go_on(self, epoch: Epoch, steps: Steps, resumed: Inside) -> tuple[int, Iterator[Any]]:
+        """The pass that was interrupted: how many of its steps are done, and the batches after them."""
+        done = 0 if steps.refusal is not None else resumed.call_steps
+        batches = None
+        if done:
+            try:
+                batches = steps.begin(done, resumed.loader)
+            except OrderChanged:
+                done = 0
+                self._warn(
+                    "order", "the data are in another order than before: the epoch starts again from its top"
+                )
+        self._undo_outside(epoch, resumed)
+        if batches is None:
+            epoch._step -= resumed.call_steps
+            return 0, steps.begin(0, None)
+        if steps.is_inexact(resumed.rng):
             self._warn(
-                "order", "the data are in another order than before: the epoch starts again from its top"
+                "replay",
+                "both the loop and what epoch.steps goes through draw random numbers at every batch, so "
+                "those before the position were drawn again with other ones: the resume is exact only if no "
+                "batch depends on the batches before it",
             )
-            yield from steps.batches(0, None)
-            return
+        # A loader draws from the global generators while it starts and while it skips.
         rng.restore(resumed.rng)
-        if first is not None:
-            yield first
-            yield from batches
+        return done, batches
+
+    def _undo_outside(self, epoch: Epoch, resumed: Inside) -> None:
+        """Undo what code outside of the steps has done since the epoch began: it was done before the save."""
+        epoch._resumed = None
+        epoch._gathered(resumed)
+        # Read again rather than kept since: the memory for a second state may not be there.
+        saved = self.handler.load_checkpoint(allow_pickle=self.allow_pickle) if self.handler else None
+        if saved is None or (int(saved["epoch"]), saved.get("step")) != self._restored_from:
+            raise ResumeError("the checkpoint that this training goes on from is gone: resume it once more")
+        putting = PuttingBack()
+        for name, part in self._restored:
+            if isinstance(part, UserState):
+                part.forget_others(saved[name], keep=self._new_keys)
+            putting.restore(part, saved[name], name.removesuffix("_state"))
+        self._gradients.put_back(saved.get("gradients") or {})
 
     def _step_done(self, epoch: Epoch, steps: Steps, done: int) -> None:
         self._hear_of_save(wait=False)
@@ -173,8 +250,9 @@ class Loop:
             return
         if steps.refusal is None:
             inside = Inside(
-                epoch._call, done, epoch._step, steps.position(), rng.capture(), epoch._rng_at_start,
-                epoch._record, epoch.state, epoch._means,
+                call=epoch._call, call_steps=done, step=epoch._step, loader=steps.position(),
+                rng=rng.capture(), record=epoch._record, state=epoch.state, means=epoch._means,
+                outside=epoch._outside,
             )  # fmt: skip
             self._save(int(epoch), inside, ended_early=False)
         # Asked again: a stop that came while the state was being saved finds all of it saved.
@@ -193,6 +271,13 @@ class Loop:
 
     def _end(self, epoch: Epoch, seconds: float) -> None:
         self._hear_of_save(wait=False)
+        if epoch._resumed is not None:
+            self._warn(
+                "pass",
+                f"epoch {int(epoch)} was interrupted in its pass {epoch._resumed.call + 1} over batches, "
+                "which did not come again: what it had not done yet is left out",
+            )
+            self._undo_outside(epoch, epoch._resumed)
         now = time.monotonic()
         self._schedule.epoch_ended(now)
         self.note(epoch)
@@ -207,6 +292,8 @@ class Loop:
         due = is_last or self._schedule.due_after_epoch(now, int(epoch))
         if due or interruption.stop_requested() is not None:
             self._save(int(epoch), None, ended_early=epoch._ends_training, is_last=is_last)
+            if is_last and self.handler is not None:
+                _ended_here.add(os.path.realpath(self.handler.checkpoint_dir))
             self._stop_if_asked(f"after epoch {int(epoch)}")
 
     def note(self, epoch: Epoch) -> None:
@@ -223,10 +310,14 @@ class Loop:
             done = done[:-1]
         content["history"] = [dict(record) for record in done]
         content["rng"] = rng.capture()
+        gradients = self._gradients.take()
+        if gradients:
+            content["gradients"] = gradients
         content["training"] = {
             "seed": self._seed,
             "total": self.total,
             "ended_early": ended_early,
+            "after_another": self._after_another,
             "inside": None if inside is None else dict(vars(inside)),
         }
         return content
@@ -331,6 +422,17 @@ class Loop:
                 f"saving takes about {overhead:.0%} of the time, to risk no more work than was agreed",
             )
 
+    def _tell_of_another(self) -> None:
+        if self.handler is None or os.path.realpath(self.handler.checkpoint_dir) not in _ended_here:
+            return
+        self._after_another = True
+        if not self.resume:
+            self._warn(
+                "another",
+                f"another training has ended in {self.handler.checkpoint_dir} and this one takes the place "
+                "of its checkpoints: where both are to be resumed, give each a checkpoint_dir of its own",
+            )
+
     def _restore(self) -> None:
         saved = None
         if self.handler is not None and self.resume:
@@ -344,11 +446,23 @@ class Loop:
                 self._warn(name, f"the checkpoint has no {name}: that part goes on as it is")
             else:
                 putting.restore(part, saved[name], name.removesuffix("_state"))
+                self._restored.append((name, part))
+                if isinstance(part, UserState):
+                    self._new_keys = {key for key in part.values if key not in saved[name]}
+        self._gradients.put_back(saved.get("gradients") or {})
         self.history.extend(saved.get("history") or [])
         training = saved.get("training") or {}
+        if training.get("after_another") and not self._after_another:
+            self._warn(
+                "another",
+                "the newest checkpoint is of the second training of a process that saved both to one folder: "
+                "if this is the first, start it fresh with a checkpoint_dir of its own",
+            )
+            self._after_another = True
         self._seed = int(training.get("seed", rng.process_seed() if self.seed is None else self.seed))
         self._ended_early = bool(training.get("ended_early", False))
         self._first = int(saved["epoch"]) + 1
+        self._restored_from = (int(saved["epoch"]), saved.get("step"))
         inside = training.get("inside")
         if inside is not None and self._first < self.total:
             self._inside = Inside(**inside)
@@ -405,12 +519,17 @@ def deadline_of_run() -> float | None:
 
 
 _loops_here: dict[str, int] = {}
+_ended_here: set[str] = set()
 
 
 def make_handler(
     checkpoint_dir: Path | str, *, total: int | None, resume: bool, keep_bytes: int | str | None
 ) -> Any:
-    """The handler of a loop. A second loop of one run gets a subfolder, or it would pass for the first."""
+    """The handler of a loop. A second loop of one run gets a subfolder, or it would pass for the first.
+
+    Outside of a run a cell that is executed again cannot be told from another training: both get the folder
+    itself, and the loop warns of it.
+    """
     folder = Path(checkpoint_dir)
     if run_id() is not None:
         key = os.path.realpath(folder)

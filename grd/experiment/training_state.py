@@ -62,6 +62,11 @@ class UserState:
         self._keys += [key for key in removed if key not in self._keys]
         (putting or PuttingBack()).put(self.values, wanted, "state")
 
+    def forget_others(self, saved: Mapping[str, Any], *, keep: Collection[Any]) -> None:
+        """Remove what is neither ``saved`` nor in ``keep``: code that ran again has made it."""
+        for key in [key for key in self.values if key not in saved and key not in keep]:
+            del self.values[key]
+
 
 class _Taking:
     """One walk over a part; what is met twice is taken once, so that it is one thing after a resume too."""

@@ -1,0 +1,450 @@
+"""A training killed after any step and resumed inside that epoch ends where an uninterrupted one does."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from grd.errors import UsageError
+from grd.experiment import CheckpointHandler, training
+
+pytestmark = pytest.mark.usefixtures("by_hand")
+
+ROOT = Path(__file__).resolve().parents[1]
+ALWAYS = "0.0000001s"
+X = torch.linspace(-1, 1, 256).reshape(64, 4)
+Y = X.sum(1, keepdim=True)
+
+
+@pytest.fixture(autouse=True)
+def no_power_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of saves need not reach the disk itself."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+class Killed(BaseException):
+    """What stands for kill -9 inside one process."""
+
+
+class Killer:
+    """Called after every step; the call number ``at`` is the last."""
+
+    def __init__(self, at: int | None) -> None:
+        self.at = at
+        self.calls = 0
+
+    def __call__(self) -> None:
+        self.calls += 1
+        if self.calls == self.at:
+            raise Killed
+
+
+Once = Callable[[Path, bool, Killer], Any]
+
+
+def check_all_kills(once: Once, folder: Path, *, warns: str | None = None, each: int = 1) -> None:
+    """``once(folder, resume, after_step)`` comes to the same, whichever step (or each so many) was cut."""
+
+    def seeded(where: Path, resume: bool, killer: Killer) -> Any:
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+        return once(where, resume, killer)
+
+    killer = Killer(None)
+    whole = seeded(folder / "whole", False, killer)
+    assert killer.calls > 4
+    told = set()
+    for at in range(1, killer.calls + 1, each):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", RuntimeWarning)
+            with pytest.raises(Killed):
+                seeded(folder / str(at), False, Killer(at))
+            assert seeded(folder / str(at), True, Killer(None)) == whole, f"killed in step {at}"
+        told |= {str(warning.message) for warning in caught if str(warning.message).startswith("grd: ")}
+    if warns is None:
+        assert not told
+    else:
+        assert len(told) == 1 and warns in told.pop()
+
+
+def weights(model: nn.Module) -> list[Any]:
+    return [value.tolist() for value in model.state_dict().values()]
+
+
+# --- iterables that draw random numbers ------------------------------------------------------------------
+
+
+def drawing(kind: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches at random places, as many language models are trained; the first draw is an order."""
+    if kind == "shuffled":
+        order = list(range(64))
+        random.shuffle(order)
+    for number in range(4):
+        if kind == "python":
+            places = [random.randrange(64) for _ in range(8)]
+        elif kind == "numpy":
+            places = np.random.randint(0, 64, 8).tolist()
+        elif kind == "torch":
+            places = torch.randint(64, (8,)).tolist()
+        else:
+            places = order[number * 8 : number * 8 + 8]
+        yield X[places], Y[places]
+
+
+@pytest.mark.parametrize("body", ["plain", "dropout", "python", "numpy"])
+@pytest.mark.parametrize("kind", ["python", "numpy", "torch", "shuffled"])
+def test_batches_drawn_at_random_are_neither_repeated_nor_left_out(
+    tmp_path: Path, kind: str, body: str
+) -> None:
+    def once(folder: Path, resume: bool, after_step: Killer) -> Any:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5 if body == "dropout" else 0.0), nn.Linear(4, 1))
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        state: dict[str, Any] = {"seen": []}
+        for epoch in training.epochs(
+            2, model=model, optimizer=optimizer, state=state, checkpoint_dir=folder, resume=resume,
+            every=ALWAYS,
+        ):  # fmt: skip
+            for x, y in epoch.steps(drawing(kind)):
+                noise = random.random() if body == "python" else np.random.rand() if body == "numpy" else 0.0
+                optimizer.zero_grad()
+                ((model(x) - y + noise) ** 2).mean().backward()
+                optimizer.step()
+                state["seen"].append(x.sum().item())
+                after_step()
+        return weights(model), state["seen"], random.random(), np.random.rand(), torch.rand(1).item()
+
+    both_draw = (kind, body) in {("python", "python"), ("numpy", "numpy"), ("torch", "dropout")}
+    check_all_kills(once, tmp_path, warns="depends on the batches before" if both_draw else None)
+
+
+def test_an_order_that_each_batch_goes_on_with_is_drawn_again(tmp_path: Path) -> None:
+    def walk() -> Iterator[float]:
+        place = 0.0
+        for _ in range(6):
+            place += random.random()
+            yield place
+
+    def once(folder: Path, resume: bool, after_step: Killer) -> Any:
+        state: dict[str, Any] = {"seen": []}
+        for epoch in training.epochs(2, state=state, checkpoint_dir=folder, resume=resume, every=ALWAYS):
+            for place in epoch.steps(walk()):
+                state["seen"].append((place, torch.rand(1).item()))
+                after_step()
+        return state["seen"]
+
+    check_all_kills(once, tmp_path)
+
+
+# --- code outside of the steps ---------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")
+@pytest.mark.parametrize("where", ["top", "between", "everywhere"])
+def test_what_stands_outside_of_the_steps_counts_once(tmp_path: Path, where: str) -> None:
+    def once(folder: Path, resume: bool, after_step: Killer) -> Any:
+        model = nn.Linear(4, 1)
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        state: dict[str, Any] = {"n": 0, "log": [], "large": [0] * 9000, "left": {}}
+        train = DataLoader(TensorDataset(X, Y), 24, shuffle=True)
+        valid = DataLoader(TensorDataset(X, Y), 32)
+
+        def outside(place: str) -> None:
+            if where not in (place, "everywhere"):
+                return
+            scheduler.step()
+            state["n"] += 1
+            state["large"].append(state["n"])
+            if state["n"] % 2:
+                state["left"].pop("a", None)
+            else:
+                state["left"]["a"] = state["left"].get("a", 0) + state["n"]
+            drawn = random.random() + np.random.rand() + torch.rand(1).item()
+            state["log"].append((place, state["n"], drawn, scheduler.last_epoch))
+            with torch.no_grad():
+                model.weight.mul_(1 + 0.1 * torch.rand(1))
+
+        for epoch in training.epochs(
+            2, model=model, optimizer=optimizer, scheduler=scheduler, state=state, checkpoint_dir=folder,
+            resume=resume, every=ALWAYS,
+        ):  # fmt: skip
+            outside("top")
+            log = state["log"]
+            epoch.state["sum"] = 0.0
+            for x, y in epoch.steps(train):
+                optimizer.zero_grad()
+                ((model(x) - y) ** 2).mean().backward()
+                optimizer.step()
+                log.append(torch.rand(1).item())
+                epoch.state["sum"] += 1.0
+                after_step()
+            epoch.log(trained=epoch.state["sum"])
+            outside("between")
+            for x, y in epoch.steps(valid):
+                with torch.no_grad():
+                    epoch.mean("loss", ((model(x) - y) ** 2).mean().item())
+                log.append(torch.rand(1).item())
+                after_step()
+            outside("end")
+            epoch.log(loss=epoch.mean("loss"), sum=epoch.state["sum"])
+        return (
+            weights(model),
+            scheduler.state_dict(),
+            optimizer.param_groups[0]["lr"],
+            state,
+            training.history,
+        )
+
+    check_all_kills(once, tmp_path, each=3)
+
+
+def test_a_decision_by_the_users_state_is_taken_again_as_it_was_at_first(tmp_path: Path) -> None:
+    def once(folder: Path, resume: bool, after_step: Killer) -> Any:
+        first, second = nn.Linear(4, 4), nn.Linear(4, 1)
+        first.requires_grad_(False)
+        model = nn.Sequential(first, second)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        state = {"epochs": 0}
+        for epoch in training.epochs(
+            3, model=model, optimizer=optimizer, state=state, checkpoint_dir=folder, resume=resume,
+            every=ALWAYS,
+        ):  # fmt: skip
+            state["epochs"] += 1
+            first.requires_grad_(state["epochs"] == 2)
+            for x, y in epoch.steps(list(zip(X.split(16), Y.split(16), strict=True))):
+                optimizer.zero_grad()
+                ((model(x) - y) ** 2).mean().backward()
+                optimizer.step()
+                after_step()
+        return weights(model)
+
+    check_all_kills(once, tmp_path)
+
+
+def test_a_pass_left_by_a_break_is_done_and_the_code_after_it_runs_as_it_did(tmp_path: Path) -> None:
+    def once(folder: Path, resume: bool, after_step: Killer) -> Any:
+        state: dict[str, Any] = {"seen": []}
+        loader = DataLoader(TensorDataset(X), 8, shuffle=True)
+        for epoch in training.epochs(2, state=state, checkpoint_dir=folder, resume=resume, every=ALWAYS):
+            for number in range(3):
+                state["seen"].append((number, random.random()))
+                for (x,) in epoch.steps(loader):
+                    state["seen"].append((x[0, 0].item(), random.random()))
+                    after_step()
+                    if random.random() < 0.3:
+                        break
+        return state["seen"]
+
+    check_all_kills(once, tmp_path)
+
+
+def test_a_pass_that_does_not_come_again_is_told_and_what_was_saved_is_kept(tmp_path: Path) -> None:
+    def once(folder: Path, resume: bool, passes: int, killer: Killer) -> Any:
+        state = {"n": 0}
+        for epoch in training.epochs(1, state=state, checkpoint_dir=folder, resume=resume, every=ALWAYS):
+            for _ in range(passes):
+                for _ in epoch.steps(range(3)):
+                    state["n"] += 1
+                    killer()
+        return state["n"]
+
+    with pytest.raises(Killed):
+        once(tmp_path, False, 2, Killer(6))
+    with pytest.warns(RuntimeWarning, match="pass 2 over batches, which did not come again"):
+        assert once(tmp_path, True, 1, Killer(None)) == 5
+
+
+def test_keys_that_an_edited_notebook_adds_to_its_state_stay(tmp_path: Path) -> None:
+    def once(resume: bool, state: dict[str, Any], killer: Killer) -> Any:
+        for epoch in training.epochs(1, state=state, checkpoint_dir=tmp_path, resume=resume, every=ALWAYS):
+            for _ in epoch.steps(range(3)):
+                state["n"] += state.get("new", 0)
+                killer()
+        return state
+
+    with pytest.raises(Killed):
+        once(False, {"n": 0}, Killer(2))
+    assert once(True, {"n": 0, "new": 5}, Killer(None)) == {"n": 10, "new": 5}
+
+
+# --- two passes at once ----------------------------------------------------------------------------------
+
+
+def test_two_passes_side_by_side_are_refused_with_the_way_to_do_it() -> None:
+    for epoch in training.epochs(1):
+        with pytest.raises(UsageError, match=r"epoch\.steps\(zip\(a, b\)\)"):
+            list(zip(epoch.steps([1, 2]), epoch.steps([3, 4]), strict=True))
+
+
+def test_loaders_zipped_into_one_pass_go_on_in_its_middle(tmp_path: Path) -> None:
+    def once(folder: Path, resume: bool, after_step: Killer) -> Any:
+        state: dict[str, Any] = {"seen": []}
+        a, b = (DataLoader(TensorDataset(X), 16, shuffle=True) for _ in range(2))
+        for epoch in training.epochs(2, state=state, checkpoint_dir=folder, resume=resume, every=ALWAYS):
+            for (x,), (y,) in epoch.steps(zip(a, b, strict=True)):
+                state["seen"].append((x[0, 0].item(), y[0, 0].item(), torch.rand(1).item()))
+                after_step()
+        return state["seen"]
+
+    check_all_kills(once, tmp_path)
+
+
+def test_a_validation_within_the_loop_over_batches_is_part_of_its_step(tmp_path: Path) -> None:
+    def once(folder: Path, resume: bool, after_step: Killer) -> Any:
+        state: dict[str, Any] = {"seen": []}
+        for epoch in training.epochs(2, state=state, checkpoint_dir=folder, resume=resume, every=ALWAYS):
+            for number in epoch.steps(range(4)):
+                if number % 2:
+                    state["seen"] += [random.random() for _ in epoch.steps(range(2))]
+                after_step()
+        return state["seen"]
+
+    check_all_kills(once, tmp_path)
+
+
+# --- loaders and cells -----------------------------------------------------------------------------------
+
+
+def test_a_loader_changed_between_two_epochs_is_taken_as_it_is_now() -> None:
+    loader = DataLoader(TensorDataset(X), 32, collate_fn=lambda samples: ("one", len(samples)))
+    seen = []
+    for epoch in training.epochs(2):
+        if epoch == 1:
+            loader.collate_fn = lambda samples: ("two", len(samples))
+        seen += list(epoch.steps(loader))
+    assert seen == [("one", 32)] * 2 + [("two", 32)] * 2
+
+
+CELLS = """
+import sys
+from IPython.core.interactiveshell import InteractiveShell
+
+shell = InteractiveShell.instance()
+shell.run_cell('''
+import os, signal
+from grd.experiment import CheckpointHandler, training
+epochs = training.epochs(5, state={}, checkpoint_dir=os.environ["FOLDER"], every=100)
+steps = next(epochs).steps(range(9))
+next(steps)
+''')
+ended = shell.run_cell('''
+next(steps)
+os.kill(os.getpid(), signal.SIGTERM)
+next(steps)
+''')
+print(type(ended.error_in_exec).__name__, file=sys.stderr)
+"""
+
+
+def test_a_training_begun_in_one_cell_still_saves_on_sigterm_in_the_next(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CELLS],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "FOLDER": str(tmp_path / "c"),
+            "IPYTHONDIR": str(tmp_path / "ipython"),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr.strip().endswith("ExperimentInterrupted"), done
+    assert (tmp_path / "c" / "checkpoint_epoch_0_step_2.pt").exists()
+
+
+# --- gradients -------------------------------------------------------------------------------------------
+
+
+def gathering(batches: int) -> Once:
+    """A training that takes a step every ``batches`` batches, also across the end of an epoch."""
+
+    def once(folder: Path, resume: bool, after_step: Killer) -> Any:
+        model = nn.Linear(4, 1)
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        state = {"n": 0}
+        loader = DataLoader(TensorDataset(X, Y), 16, shuffle=True)
+        for epoch in training.epochs(
+            2, model=model, optimizer=optimizer, state=state, checkpoint_dir=folder, resume=resume,
+            every=ALWAYS,
+        ):  # fmt: skip
+            for x, y in epoch.steps(loader):
+                ((model(x) - y) ** 2).mean().backward()
+                state["n"] += 1
+                if state["n"] % batches == 0:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                after_step()
+            for (x,) in epoch.steps([(X,)] * 2):
+                model(x)
+                after_step()
+        return weights(model)
+
+    return once
+
+
+def test_gradients_gathered_over_several_batches_are_not_lost(tmp_path: Path) -> None:
+    check_all_kills(gathering(3), tmp_path)
+
+
+def test_gradients_that_are_used_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[bool] = []
+    save = CheckpointHandler.save_checkpoint
+
+    def seen(*arguments: Any, **options: Any) -> Path:
+        saved.append("gradients" in options)
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(CheckpointHandler, "save_checkpoint", seen)
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for epoch in training.epochs(2, model=model, optimizer=optimizer, checkpoint_dir=tmp_path, every=ALWAYS):
+        for x, y in epoch.steps([(X, Y)] * 3):
+            optimizer.zero_grad()
+            ((model(x) - y) ** 2).mean().backward()
+            optimizer.step()
+        for x, _ in epoch.steps([(X, Y)] * 3):
+            model(x)
+    assert len(saved) > 8 and not any(saved)
+    assert not optimizer._optimizer_step_post_hooks
+
+
+# --- two trainings ---------------------------------------------------------------------------------------
+
+
+def test_two_trainings_by_hand_in_one_folder_are_told_at_the_start_and_at_the_resume(tmp_path: Path) -> None:
+    code = (
+        "import os\nfrom grd.experiment import training\n"
+        "for number in (1, 2):\n"
+        "    for epoch in training.epochs(2, checkpoint_dir=os.environ['FOLDER'], resume=RESUME): pass\n"
+    )
+    told = []
+    for resume in ("False", "True"):
+        done = subprocess.run(
+            [sys.executable, "-c", code.replace("RESUME", resume)],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "FOLDER": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        told.append(done.stderr)
+    assert told[0].count("give each a checkpoint_dir of its own") == 1
+    assert told[1].count("is of the second training") == 1
+
+
+def test_a_training_resumed_by_hand_in_the_same_process_is_the_same_one(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for epochs in (1, 2, 3):
+            list(training.epochs(epochs, checkpoint_dir=tmp_path, resume=True))
+    assert list(training.epochs(3, checkpoint_dir=tmp_path, resume=True)) == []
