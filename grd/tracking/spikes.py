@@ -6,6 +6,11 @@ from collections.abc import Mapping
 
 from grd.tracking.tree_walk import ProcessUse
 
+NOISE = 0.01
+NOISE_BYTES = 1024**2
+"""The system counts a process's pages on each processor for itself: the same mark is told a little lower and
+higher from one look to the next."""
+
 Key = tuple[int, int]
 """A pid and its start, since pids wrap."""
 
@@ -35,12 +40,17 @@ class Spikes:
             for pid, process in processes.items()
         }
         self._inherited = inherited  # what was given back is never shared again
-        self._marks = {(pid, process.started): process.mark for pid, process in processes.items()}
+        self._marks = {
+            (pid, process.started): process.mark
+            if self._is_new(pid, process)
+            else self._marks[pid, process.started]
+            for pid, process in processes.items()
+        }
         self._sizes = {(pid, process.started): process.rss for pid, process in processes.items()}
 
     def _spike(self, pid: int, process: ProcessUse, processes: Mapping[int, ProcessUse]) -> int:
         key = pid, process.started
-        if process.mark == self._marks.get(key):  # a lower one was started anew: clear_refs, proc(5)
+        if not self._is_new(pid, process):
             return 0
         floor = max(process.rss, self._inheritance(pid, process, processes))
         if any(other.forked and other.parent == pid for other in processes.values()):
@@ -63,4 +73,9 @@ class Spikes:
         """The most that a process had since the last look."""
         key = pid, process.started
         had = max(process.rss, self._sizes.get(key, 0))
-        return had if process.mark == self._marks.get(key) else max(had, process.mark)
+        return max(had, process.mark) if self._is_new(pid, process) else had
+
+    def _is_new(self, pid: int, process: ProcessUse) -> bool:
+        """Whether its mark is another than at the last look; a lower one was started anew (proc(5))."""
+        last = self._marks.get((pid, process.started))
+        return last is None or abs(process.mark - last) > max(NOISE_BYTES, NOISE * last)
