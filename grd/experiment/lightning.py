@@ -24,7 +24,7 @@ from grd.errors import CheckpointError, CheckpointFenced, CheckpointRefused
 from grd.experiment import interruption, rng
 from grd.experiment.counting import BatchSizes, Count
 from grd.experiment.events import emit
-from grd.experiment.loader import steps_of
+from grd.experiment.loader import Steps, steps_of
 from grd.experiment.reporting import as_number, log_metrics, report_progress
 from grd.experiment.schedule import Every, Schedule
 from grd.experiment.stopped import stopped
@@ -409,11 +409,10 @@ class ResumableLoader:
             self._start, self._resumed, self._ended = 0, None, False
         self._done = self._start
         self._steps = steps_of(self.source, self.seed, self._epoch)
-        batches = self._steps.batches(self._start, None if self._resumed is None else self._resumed["loader"])
-        return self._counted(batches)
+        return self._counted(self._steps, None if self._resumed is None else self._resumed["loader"])
 
-    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
-        for batch in batches:
+    def _counted(self, steps: Steps, resumed: dict[str, Any] | None) -> Iterator[Any]:
+        for batch in steps.begin(self._start, resumed):
             self._ended = True
             self._done += 1
             yield batch
