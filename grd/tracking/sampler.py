@@ -23,7 +23,7 @@ THOROUGH_EVERY = 4
 """Each so many looks: children of all threads, bytes read and written."""
 
 SHARED_SECONDS = 5.0
-SHARED_SHARE = 0.002
+SHARED_SHARE = 0.001
 """Counting shared pages may take this share of the time, besides when a peak may be missed."""
 
 IN_VAIN_SHARE = 0.005
