@@ -99,7 +99,10 @@ def loop(
     ended = made.run()
     if dry_run:
         document = {"schema": "grd.loop-dry-run/1", "plan": made.plan.origin, "cycles": ended.cycles}
-        lines = [f"{made.plan.origin} can be run: {ended.cycles} cycles are made"]
+        lines = [
+            f"{made.plan.origin} is sound: {ended.cycles} cycles would be made",
+            "whether somebody agreed to their time is looked up when each step starts; see: grd approvals",
+        ]
         return Answer(document=document, lines=lines, as_json=as_json)
     return _answer(loop_state.shown(memory), as_json, exit_codes.of_loop(ended.reason))
 
