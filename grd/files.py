@@ -87,9 +87,13 @@ def write_pieces(stream: BinaryIO, data: bytes | str | Iterable[bytes]) -> None:
 
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     """`atomic_write` of ``value`` as indented JSON with a final newline."""
-    atomic_write(
-        path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", durable=durable
-    )
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    atomic_write(path, encode_json(text), durable=durable)
+
+
+def encode_json(text: str) -> bytes:
+    """JSON as UTF-8. Surrogates, which stand for bytes of names that are no UTF-8, become escapes of JSON."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def read_json(path: Path) -> Any:
@@ -118,7 +122,7 @@ class JsonLines:
     def append(self, record: dict[str, Any]) -> None:
         """Write one record. Raises OSError, and ValueError for what JSON cannot hold."""
         line = json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str)
-        data = line.encode("utf-8", "backslashreplace") + b"\n"
+        data = encode_json(line) + b"\n"
         if self._ends_torn():
             data = b"\n" + data
         written = os.write(self._fd, data)
@@ -179,13 +183,33 @@ def read_json_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str
 # --- locks -------------------------------------------------------------------------------------------------
 
 
+def open_lock_file(path: Path) -> int:
+    """``path`` as a descriptor that no other process gets, made where it is missing.
+
+    Never one of the first three, which a process without stdin has free: whoever inherits the lock has
+    streams of its own there.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    return above_the_streams(fd)
+
+
+def above_the_streams(fd: int) -> int:
+    """``fd``, or in its place another one above stdin, stdout and stderr. Raises OSError if there is none."""
+    if fd > 2:
+        return fd
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(fd)
+
+
 def take_lock(path: Path, *, wait_seconds: float = 0.0, inheritable: bool = False) -> int | None:
     """An exclusive flock on ``path`` as an open descriptor, or None if another process holds it.
 
     The lock lives as long as the open file description: it is handed to a child by inheriting the
     descriptor, and freed by the death of the last holder. Raises OSError where files cannot be locked.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    fd = open_lock_file(path)
     give_up = time.monotonic() + wait_seconds
     while True:
         try:

@@ -409,6 +409,7 @@ def test_a_state_folder_that_is_mounted_read_only_sees_and_uses_grants(strict: P
     "options",
     [
         ("--total", "nan"), ("--total", "inf"), ("--total", "-1h"), ("--total", "0"), ("--max", "0s"),
+        ("--total", "0.0001s"), ("--max", "0.0001s"),
         ("--until", "25:00"), ("--until", "40d"), ("--until", "yesterday"), ("--everywhere", "--run", "last"),
         ("missing.ipynb",), ("--run", "nosuch"),
     ],
@@ -420,6 +421,32 @@ def test_a_grant_that_makes_no_sense_is_one_line_and_nothing_is_written(
     assert refused.code in (2, 66), refused.err
     assert "Traceback" not in refused.err
     assert log(strict) == []
+
+
+def test_bytes_that_are_no_text_are_written_down_as_they_are(strict: Project) -> None:
+    reason = os.fsdecode(b"f\xfcr")
+    granted = at_terminal(strict, "approve", "--total", "1h", "--reason", reason, "--json")
+    assert granted.code == 0, granted.err
+    assert log(strict)[0]["reason"] == reason
+    assert strict.grd("approvals", "--verify").code == 0
+    elsewhere = Project(strict.path / reason, strict.environment)
+    elsewhere.path.mkdir()
+    elsewhere.notebook("train.ipynb", TRAIN, parameters=PARAMETERS)
+    assert at_terminal(elsewhere, "approve", "train.ipynb", "--total", "1h", "--json").code == 0
+    done = elsewhere.grd("research", "train.ipynb", "--timeout", "30m", "--json")
+    assert done.code == 0, done.err
+
+
+def test_with_json_a_refusal_is_json_too(strict: Project) -> None:
+    for arguments, code in (
+        (("research", "train.ipynb", "--timeout", "3h"), 77), (("research", "train.ipynb", "--nosuch"), 2),
+        (("status", "nosuch"), 66),
+    ):  # fmt: skip
+        refused = strict.grd(*arguments, "--json")
+        said = [json.loads(line) for line in refused.err.splitlines()]
+        assert (refused.code, refused.out) == (code, "")
+        assert (said[-1]["kind"], said[-1]["code"]) == ("note", code)
+        assert said[-1]["message"]
 
 
 def test_revoke_and_approvals_name_what_is_not_there(strict: Project) -> None:

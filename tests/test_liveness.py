@@ -6,12 +6,13 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Project, cannot_be_had, wait_until
+from conftest import LIMIT_SECONDS, Project, cannot_be_had, wait_until
 
 from grd.runs.folder import RunFolder
 from grd.runs.liveness import LEASE_SECONDS
@@ -52,6 +53,24 @@ def kill_runner(project: Project) -> None:
 def status(project: Project) -> dict[str, Any]:
     shown: dict[str, Any] = project.grd("status", "last", "--json").json
     return shown
+
+
+@pytest.mark.parametrize("closed", ["<&-", "<&- >&- 2>&-"])
+def test_whoever_closes_the_streams_has_a_run_with_its_lock_all_the_same(
+    project: Project, closed: str
+) -> None:
+    project.notebook("sleep.ipynb", SLEEP, parameters=PARAMETERS)
+    command = [sys.executable, "-m", "grd", "research", "sleep.ipynb", "--detach", "--timeout", "10m"]
+    started = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *command],
+        cwd=project.path, env=project.environment, timeout=LIMIT_SECONDS,
+    )  # fmt: skip
+    assert started.returncode == 0
+    project.wait_for_output("here")
+    shown = status(project)
+    assert (shown["state"], shown["cause"]) == ("running", None)
+    assert project.grd("resume", "last").code == 69, "one process holds the run's lock"
+    assert project.grd("stop", "last").code == 0
 
 
 def test_a_run_after_a_reboot_is_lost_even_if_its_pid_is_somebody_elses(running: Project) -> None:

@@ -420,6 +420,8 @@ def test_a_wait_is_never_longer_than_clients_allow_and_says_so(
     }
     assert "cut to 1" in cut["note"]
     assert in_memory.call("run_wait", runs=[run], seconds=0)["note"] is None
+    as_asked = {"runs": [run], "seconds": 0.5, "any_of": True}
+    assert in_memory.call("run_wait", **as_asked)["next"]["arguments"] == as_asked, "its calls may be cut"
     assert "no time to wait" in in_memory.refused("run_wait", runs=[run], seconds=-1)
     release(project)
     monkeypatch.setattr(answers, "LONGEST_WAIT_SECONDS", 50.0)
@@ -461,7 +463,7 @@ def test_one_of_several_runs_can_be_waited_for(in_memory: Agent, project: Projec
     first = {"next": {"tool": "run_wait", "arguments": {"runs": [slow, quick]}}}
     ended = in_memory.go_on(first, any_of=True, seconds=50)
     assert [run["state"] for run in ended["runs"]] == ["running", "completed"]
-    assert ended["next"]["arguments"] == {"runs": [slow]}
+    assert ended["next"]["arguments"] == {"runs": [slow], "seconds": 50}
     release(project)
     assert in_memory.wait(ended)["next"]["tool"] == "run_result"
 

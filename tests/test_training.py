@@ -564,23 +564,18 @@ def test_the_state_comes_back_with_its_types_and_without_what_was_removed(
 
 @pytest.mark.parametrize("async_save", [False, True])
 def test_two_places_that_held_one_thing_are_what_they_were(tmp_path: Path, async_save: bool) -> None:
-    model = nn.Linear(1, 1)
-    start, scores = torch.zeros(1), {"a": np.zeros(1)}
-    state = {
-        "weights": model.weight.data, "bias": model.bias.data, "best": start, "last": start,
-        "once": scores, "twice": scores, "apart": scores,
-    }  # fmt: skip
+    def shared_state(model: nn.Linear) -> dict[str, Any]:
+        start, scores = torch.zeros(1), {"a": np.zeros(1)}
+        tensors = {"weights": model.weight.data, "bias": model.bias.data, "best": start, "last": start}
+        return {**tensors, "once": scores, "twice": scores, "apart": scores}
+
+    model, again = nn.Linear(1, 1), nn.Linear(1, 1)
+    state, back = shared_state(model), shared_state(again)
     for _ in training.epochs(1, model=model, state=state, checkpoint_dir=tmp_path, async_save=async_save):
         state["bias"] = torch.full((1,), 5.0)
         state["best"] = torch.full((1,), 3.0)
         state["apart"] = {"a": np.ones(1)}
     trained = repr_of(model.state_dict())
-    again = nn.Linear(1, 1)
-    start, scores = torch.zeros(1), {"a": np.zeros(1)}
-    back = {
-        "weights": again.weight.data, "bias": again.bias.data, "best": start, "last": start,
-        "once": scores, "twice": scores, "apart": scores,
-    }  # fmt: skip
     list(training.epochs(1, model=again, state=back, checkpoint_dir=tmp_path, resume=True))
     assert repr_of(again.state_dict()) == trained and repr_of(back["weights"]) == repr_of(state["weights"])
     assert (back["bias"].item(), back["best"].item(), back["last"].item()) == (5.0, 3.0, 0.0)

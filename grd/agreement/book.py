@@ -226,11 +226,17 @@ def _unnoted_end(entries: tuple[dict[str, Any], ...]) -> tuple[str, dict[str, An
     return None
 
 
+SHORTEST_CAP_SECONDS = 1.0
+"""No kernel starts in less."""
+
+
 def check_terms(*, per_run: float, total: float, lasts: float) -> None:
     """Raise UsageError for a grant's caps, or a time to its end, that make no sense. All are seconds."""
     for name, value in (("per run", per_run), ("in all", total), ("until", lasts)):
         if not math.isfinite(value) or value <= 0:
             raise UsageError(f"a grant needs a time above zero {name}, not {value:g} s")
+        if value < SHORTEST_CAP_SECONDS and name != "until":
+            raise UsageError(f"a grant of {value:g} s {name} is too short for a run: give 1s at least")
     if lasts > LONGEST_GRANT_SECONDS + 1:
         raise UsageError("a grant ends after 30 days at the latest")
 

@@ -19,7 +19,7 @@ from typing import Any
 from grd.agreement.chain import FIRST, chain_of, hash_of
 from grd.agreement.clock import Moment, after, now
 from grd.errors import ResourceUnavailable
-from grd.files import LOCKS_UNSUPPORTED, atomic_write, fsync_folder, read_json, take_lock
+from grd.files import LOCKS_UNSUPPORTED, atomic_write, encode_json, fsync_folder, read_json, take_lock
 
 LOCK_SECONDS = 5.0
 RESTARTED = "restarted"
@@ -143,7 +143,7 @@ class AgreementLog:
         previous = before[-1]["hash"] if before else FIRST
         entry = {"n": len(before) + 1, "kind": kind, **moment.to_dict(), **values, "prev": previous}
         entry["hash"] = hash_of(entry)
-        line = (json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        line = encode_json(json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n")
         fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             size = os.fstat(fd).st_size

@@ -161,7 +161,7 @@ def unknown(seconds: float) -> Estimate:
         return Estimate(
             seconds=None, low=seconds, high=None, method="unknown", basis=basis, confidence=UNKNOWN
         )
-    basis = "no earlier run of this notebook here; the run itself says more after its first steps"
+    basis = "no run of this notebook has come to its end here; the run itself says more after its first steps"
     return Estimate(
         seconds=None, low=KERNEL_SECONDS, high=None, method="unknown", basis=basis, confidence=UNKNOWN
     )

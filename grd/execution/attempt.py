@@ -239,6 +239,7 @@ def _execute(
         client.kernel_has_ended()
         if context.on_kernel is not None:
             context.on_kernel({})
+    ended_by = getattr(client.popen, "ended_by", None)
     seen = replace(
         seen,
         all_cells_ran=client.ran_all,
@@ -249,7 +250,8 @@ def _execute(
         cell_timeout=seen.cell_timeout or _interrupted_for_its_timeout(client),
         kernel_returncode=client.popen.poll() if client.popen is not None else None,
         stopped_in_cell=client.current_cell,
-        guardian_lost=getattr(client.popen, "ended_by", None) == guarded_kernel.LOST,
+        guardian_lost=ended_by in (guarded_kernel.LOST, guarded_kernel.SILENT),
+        guardian_silent=ended_by == guarded_kernel.SILENT,
         grace=stopper.grace,
         killed_at_exit=stopper.killed_at_exit,
         last_call=stopper.last_call,

@@ -21,6 +21,7 @@ from typing import Any
 
 from jupyter_client.launcher import launch_kernel
 
+from grd.files import above_the_streams
 from grd.runs import processes
 
 GUARDIAN = Path(__file__).with_name("guardian.py")
@@ -28,9 +29,9 @@ START_SECONDS = 30.0
 """From the guardian's start to the kernel's exec; usually 0.02 s."""
 
 SILENCE_SECONDS = 5.0
-"""A guardian that does not report its kernel's end for so long is taken for lost."""
+"""A guardian that does not report its kernel's end for so long is taken for lost, a watcher after as much."""
 
-LOST = "guardian"
+LOST, SILENT = "guardian", "silence"
 
 
 def can_be_guarded() -> bool:
@@ -50,13 +51,15 @@ class GuardedKernel:
         """Identities of the kernel's parent and of the watcher above it."""
         self.returncode: int | None = None
         self.ended_by: str | None = None
-        """``exit``, ``asked``, ``deadline``, or ``guardian``: that was lost and took the kernel along."""
+        """``exit``, ``asked``, ``deadline``, ``guardian``: that was lost and took the kernel along, or
+        ``silence``: it had to be given up."""
         self._watcher = watcher
         self._channel = channel
         self._heard = b""
         self._failed: OSError | None = None
         self._handle = -1
         self._silent_since: float | None = None
+        self._given_up = False
         self._lock = threading.RLock()
 
     async def wait_for_start(self) -> None:
@@ -113,13 +116,21 @@ class GuardedKernel:
         """SIGKILL to the kernel and every process below it, and wait for their end."""
         with contextlib.suppress(OSError):
             self._channel.send(b"kill\n")
-        give_up = time.monotonic() + SILENCE_SECONDS
-        while self.poll() is None and time.monotonic() < give_up:
-            time.sleep(0.005)
+        self._wait_for_end(SILENCE_SECONDS)
         if self.returncode is None:
-            self._give_up_guardian()
+            with self._lock:
+                self._give_up_guardian()
+            self._wait_for_end(SILENCE_SECONDS)
+        if self.returncode is None:
+            with self._lock:
+                self._give_up_watcher()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._watcher.wait(2.0)
+
+    def _wait_for_end(self, seconds: float) -> None:
+        give_up = time.monotonic() + seconds
+        while self.poll() is None and time.monotonic() < give_up:
+            time.sleep(0.005)
 
     def _listen(self) -> None:
         both_are_gone = False
@@ -154,7 +165,8 @@ class GuardedKernel:
 
     def _end(self, code: int, why: str) -> None:
         if self.returncode is None:
-            self.returncode, self.ended_by = code, why
+            self.returncode = code
+            self.ended_by = SILENT if why == LOST and self._given_up else why
 
     def _miss_guardian(self) -> None:
         """A kernel that is dead and whose end nobody reports: its guardian was stopped, or hangs."""
@@ -165,12 +177,23 @@ class GuardedKernel:
         if not poller.poll(0):
             return
         self._silent_since = self._silent_since or time.monotonic()
-        if time.monotonic() - self._silent_since > SILENCE_SECONDS:
+        silence = time.monotonic() - self._silent_since
+        if silence > 2 * SILENCE_SECONDS:
+            self._give_up_watcher()
+        elif silence > SILENCE_SECONDS and not self._given_up:
             self._give_up_guardian()
 
     def _give_up_guardian(self) -> None:
+        """SIGKILL to kernel and guardian alone: the watcher ends what they leave, and reports it."""
+        self._given_up = True
         self.kill()
-        for who in self.guardians:
+        for who in self.guardians[:1]:
+            processes.send_signal(who["pid"], who["started"], signal.SIGKILL)
+
+    def _give_up_watcher(self) -> None:
+        """It is silent too. Whoever asked for the kernel sees to the rest."""
+        self._given_up = True
+        for who in self.guardians[1:]:
             processes.send_signal(who["pid"], who["started"], signal.SIGKILL)
         self._end(-signal.SIGKILL, LOST)
 
@@ -195,14 +218,15 @@ async def start_guarded(
     ``grace`` is in seconds, ``deadline`` in CLOCK_MONOTONIC seconds. The guardian holds the descriptors
     ``held`` as long as it lives, and the kernel does not get them. Raises OSError as Popen does.
     """
-    ours, theirs = socket.socketpair()
+    ours, other = socket.socketpair()
     ours.setblocking(False)
+    theirs = above_the_streams(other.detach())
     guarded = [
         sys.executable,
         "-I",
         "-S",
         str(GUARDIAN),
-        ",".join(map(str, (theirs.fileno(), *held))),
+        ",".join(map(str, (theirs, *held))),
         str(os.getpid()),
         repr(grace),
         "-" if deadline is None else repr(deadline),
@@ -210,13 +234,13 @@ async def start_guarded(
         *command,
     ]
     try:
-        options["pass_fds"] = (*options.get("pass_fds", ()), theirs.fileno(), *held)
+        options["pass_fds"] = (*options.get("pass_fds", ()), theirs, *held)
         watcher = launch_kernel(guarded, **options)
     except BaseException:
         ours.close()
         raise
     finally:
-        theirs.close()
+        os.close(theirs)
     kernel = GuardedKernel(command, watcher, ours)
     await kernel.wait_for_start()
     return kernel

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from grd import contract
 from grd.errors import RunBusy
-from grd.files import LOCKS_UNSUPPORTED, take_lock
+from grd.files import LOCKS_UNSUPPORTED, open_lock_file, take_lock
 from grd.runs import retry
 from grd.runs.folder import RunFolder
 
@@ -51,7 +51,7 @@ def acquire(folder: RunFolder) -> int:
     except OSError as error:
         if error.errno not in LOCKS_UNSUPPORTED:
             raise
-        lock = os.open(folder.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        lock = open_lock_file(folder.lock)
     if lock is None:
         raise RunBusy(
             f"{folder.run_id} is being executed by another process; see: grd status {folder.run_id}"
@@ -73,7 +73,7 @@ def ensure_retrier(folder: RunFolder) -> None:
         except OSError as error:
             if error.errno not in LOCKS_UNSUPPORTED or retry.retrier_lives(folder):
                 return
-            lock = os.open(folder.retry_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            lock = open_lock_file(folder.retry_lock)
         if lock is None:
             return
         environment = {k: v for k, v in os.environ.items() if k not in contract.KERNEL_ENVIRONMENT}

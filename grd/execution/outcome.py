@@ -50,6 +50,8 @@ class Seen:
     last_call: bool = False
     """The cell had been asked to stop and was interrupted because the grace was nearly over."""
     guardian_lost: bool = False
+    guardian_silent: bool = False
+    """It was given up because it stood still, not killed by somebody else."""
     """The kernel's guardian was killed, and the kernel died with it."""
     oom: out_of_memory.Verdict | None = None
     """What is known of a death by SIGKILL."""
@@ -103,9 +105,9 @@ def judge(seen: Seen) -> Outcome:
     if seen.kernel_died:
         where = f" in cell {seen.stopped_in_cell}" if seen.stopped_in_cell is not None else ""
         if seen.guardian_lost:
-            return Outcome(
-                contract.INTERRUPTED, contract.KERNEL_DIED, f"the kernel died{where}: its guardian was killed"
-            )
+            why = "and its guardian did not answer" if seen.guardian_silent else "its guardian was killed"
+            detail = f"the kernel died{where}{',' if seen.guardian_silent else ':'} {why}"
+            return Outcome(contract.INTERRUPTED, contract.KERNEL_DIED, detail)
         return _judge_death(seen, where)
     if seen.cell_timeout is not None:
         return Outcome(contract.FAILED, contract.NOTEBOOK_ERROR, seen.cell_timeout)

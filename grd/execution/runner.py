@@ -36,7 +36,7 @@ from grd.runs.events import Digest, EventLog, view_of
 from grd.runs.folder import RunFolder, process_marker
 from grd.runs.liveness import HEARTBEAT_SECONDS
 from grd.runs.model import now_iso, seconds_left
-from grd.runs.processes import identity, reap
+from grd.runs.processes import adopt_orphans, children, end_children, identity, reap
 from grd.runs.recovery import resume_command
 from grd.tracking.mlflow import follower
 from grd.tracking.sampler import ResourceSampler
@@ -68,6 +68,8 @@ class Runner:
         self._grant = GrantInUse(self.record, self.attempt)
         self._mlflow: subprocess.Popen[bytes] | None = None
         self._gpus = GpuTurn(self.record, self.attempt)
+        self._own_children: set[int] | None = None
+        """Those that must outlive the kernel, once it is to be started."""
         self._resources = ResourceSampler(
             self.paths.resources,
             lambda message: self.events.write(contract.EVENT_WARNING, message=message),
@@ -99,6 +101,8 @@ class Runner:
         self._gpus.close()
         if self._hardware is not None:
             self._hardware.join(HARDWARE_SECONDS)
+        if self._own_children is not None:
+            end_children(spared=self._own_children)  # what guardian and watcher left, if both were killed
         self._end(outcome)
         self._beating.set()
         heart.join(2.0)
@@ -259,6 +263,7 @@ class Runner:
                 contract.EVENT_CELL, index=index, status=status, of=of
             ),
         )
+        self._own_children = children()
         with contextlib.suppress(NotebookInterrupted):
             try:
                 papermill.execute_notebook(
@@ -438,6 +443,7 @@ def main(arguments: list[str]) -> int:
     """Run one attempt; the exit status is 0 whenever the record says how it ended."""
     path, attempt, lock_fd = Path(arguments[0]), int(arguments[1]), int(arguments[2])
     os.set_inheritable(lock_fd, False)  # ours alone: a kernel must not keep it alive
+    adopt_orphans()
     runner = Runner(RunFolder(path), attempt)
     retried = retry.policy_of(runner.record) is not None
     if retried:

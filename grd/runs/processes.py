@@ -6,9 +6,11 @@ A pid alone says nothing: it is reused. An identity is (pid, start time, boot id
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ from typing import Any
 import psutil
 
 from grd import contract
+
+PR_SET_CHILD_SUBREAPER = 36
+"""prctl(2)."""
 
 
 def boot_id(proc: Path = Path("/proc")) -> str:
@@ -187,6 +192,43 @@ def descendants(pid: int) -> dict[int, float]:
             with contextlib.suppress(psutil.Error):
                 waiting.extend(process.children())
     return found
+
+
+def adopt_orphans() -> None:
+    """From now on this process is the parent of what is orphaned below it (Linux; elsewhere nothing)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1), 0, 0, 0)
+
+
+def children() -> set[int]:
+    """Pids of this process's children, adopted ones too; empty where the system does not tell."""
+    found: set[int] = set()
+    for thread in _threads(Path("/proc/self")):
+        with contextlib.suppress(OSError):
+            found.update(map(int, (thread / "children").read_text().split()))
+    return found
+
+
+def end_children(wait_seconds: float = 2.0, *, spared: set[int]) -> list[int]:
+    """SIGKILL to this process's children but the ``spared``, and to all below them, until none is left.
+
+    Returns the pids that were killed.
+    """
+    killed: set[int] = set()
+    give_up = time.monotonic() + wait_seconds
+    while True:
+        found: dict[int, float] = {}
+        for pid in children() - spared:
+            started = start_time(pid)
+            if started is not None and runner_of(pid) in ("", runner_of(os.getpid())):
+                found |= {pid: started, **descendants(pid)}
+        if not found or time.monotonic() > give_up:
+            return sorted(killed)
+        for pid, started in found.items():
+            with contextlib.suppress(PermissionError):
+                if send_signal(pid, started, signal.SIGKILL):
+                    killed.add(pid)
+        time.sleep(0.02)
 
 
 def in_session(session: int, leader_started: float | None = None) -> dict[int, float]:

@@ -149,8 +149,6 @@ def test_nothing_is_left_alive_after_sigkill_of(
     assert {name.split()[0] for name in left} == ({"worker"} if cells == "workers" else KINDS)
     for name in killed:
         processes[name].kill()
-    if {"guardian", "watcher"} <= set(killed):
-        end_unmarked(left)  # nobody is its ancestor any more, and without the mark nobody can know it
     wait_for_the_end_of({**processes, **left})
     shown = project.grd("status", "last", "--json").json
     cause = "runner_lost" if "runner" in killed else "kernel_died"
@@ -171,6 +169,27 @@ def test_where_all_who_could_act_were_killed_at_once_the_next_look_ends_the_rest
     assert (shown["state"], shown["cause"]) == ("interrupted", "runner_lost")
     wait_for_the_end_of({name: process for name, process in left.items() if "unmarked" not in name})
     end_unmarked(left)  # without the mark, and without anybody of the run, nobody can know it
+    resumes(project)
+
+
+@pytest.mark.parametrize("then", ["runner SIGTERM", "kernel SIGKILL", "watcher stopped too"])
+def test_a_guardian_that_stands_still_leaves_nothing_to_live_on(project: Project, then: str) -> None:
+    processes = start(project, *CELLS["children"])
+    left = children(project)
+    processes["guardian"].suspend()
+    if then == "watcher stopped too":
+        processes["watcher"].suspend()
+    if then == "kernel SIGKILL":
+        processes["kernel"].kill()
+    else:
+        processes["runner"].terminate()
+    wait_for_the_end_of({**processes, **left})
+    shown = project.grd("status", "last", "--json").json
+    assert shown["state"] == "interrupted"
+    if then == "kernel SIGKILL":
+        assert shown["cause"] == "kernel_died" and "guardian did not answer" in shown["detail"]
+    else:
+        assert shown["cause"] == "sigterm"
     resumes(project)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import click
 from click.shell_completion import CompletionItem
 
 import grd
+from grd.contract import EVENT_VERSION
 from grd.errors import GrdError
 from grd.interfaces.cli import exit_codes
 from grd.interfaces.cli.answer import Surface
@@ -117,25 +119,59 @@ def _folder_is_gone() -> bool:
     return False
 
 
+def _prepare_streams(*, as_json: bool) -> None:
+    """Nothing is opened as stdin, stdout or stderr by accident where a caller has closed these; and names of
+    files that are no UTF-8 can be printed: as they are, or as escapes of JSON."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free: this one
+    for name, fd in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, os.fdopen(fd, "w", encoding="utf-8", closefd=False))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace" if as_json else "surrogateescape")
+
+
+def _say_as_json(text: str, code: int) -> None:
+    """A refusal where stderr is read by a program: a message as any other, with the exit code."""
+    import json
+    import time
+
+    told = {"v": EVENT_VERSION, "t": round(time.time(), 3), "kind": "note", "message": text, "code": code}
+    click.echo(json.dumps(told), err=True)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs a command and exits with its code; errors are one line."""
     args = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in args
+    _prepare_streams(as_json=as_json)
     debug = "--debug" in args or bool(os.environ.get("GRD_DEBUG"))
     try:
         code = cli.main(args=args, prog_name="grd", standalone_mode=False)
     except click.exceptions.Exit as stop:
         code = stop.exit_code
     except click.ClickException as error:
-        error.show()
         code = error.exit_code
+        if as_json:
+            _say_as_json(error.format_message(), code)
+        else:
+            error.show()
     except (click.Abort, KeyboardInterrupt):
         click.echo("grd: interrupted", err=True)
         code = 130
     except GrdError as error:
         if debug:
             raise
-        click.echo(f"grd: {' '.join(str(error).split())}", err=True)
         code = exit_codes.of_error(error)
+        text = " ".join(str(error).split())
+        if as_json:
+            _say_as_json(text, code)
+        else:
+            click.echo(f"grd: {text}", err=True)
     except FileNotFoundError:
         if debug or not _folder_is_gone():
             raise

@@ -117,15 +117,23 @@ def _call(tool: str | None, arguments: dict[str, Any] | None, why: str) -> dict[
     return {"tool": tool, "arguments": arguments, "why": why}
 
 
-def of_wait(told: Sequence[dict[str, Any]], ended: bool) -> dict[str, Any]:
-    """Where the runs stand after a wait; ``next`` is the wait that goes on, or what the only run needs."""
+def of_wait(
+    told: Sequence[dict[str, Any]], ended: bool, *, seconds: float | None = None, any_of: bool = False
+) -> dict[str, Any]:
+    """Where the runs stand after a wait; ``next`` is the wait that goes on, or what the only run needs.
+
+    A wait of so many ``seconds``, and for ``any_of`` the runs, goes on as it was asked for.
+    """
+    as_asked: dict[str, Any] = {} if seconds is None else {"seconds": seconds}
+    as_asked |= {"any_of": True} if any_of and not ended else {}
     going = [
         run["run_id"]
         for run in told
         if run["state"] not in contract.ENDED_STATES or retry.comes(run.get("retry"))
     ]
     if going:
-        following = _call("run_wait", {"runs": going}, "not all have ended: ask again, the runs go on")
+        why = "not all have ended: ask again, the runs go on"
+        following = _call("run_wait", {"runs": going, **as_asked}, why)
     elif len(told) == 1:
         following = told[0]["next"]
     else:

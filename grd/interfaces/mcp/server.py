@@ -22,6 +22,7 @@ INSTRUCTIONS = """\
 grd runs Jupyter notebooks as ML experiments that survive: a run goes on when this conversation or this server
 ends; it can be interrupted at any moment and resumed from its last checkpoint.
 Begin with run_status. Then: run_start (with a key) -> run_wait, again while ended is false -> run_result.
+If your calls may last less than 50 s, give run_wait fewer seconds than that.
 Each answer has next: the tool to call now, with its arguments. Where its tool is null there is nothing to
 call, or a person must decide: ask them. No tool agrees to more time than was granted; do not look for a way
 around that."""

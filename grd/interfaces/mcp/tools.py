@@ -30,6 +30,7 @@ from grd.steps.following import POLL_SECONDS, is_under_way
 from grd.steps.reading import tail_of_cells, tail_of_file
 from grd.steps.run import Run, result_of, runs_folder, status_of
 
+WAIT_SECONDS = 45.0
 NOTIFY_SECONDS = 5.0
 """A client that hears of progress waits on; more often is of no use to anybody."""
 
@@ -189,7 +190,7 @@ async def run_status(run: str | None = None) -> dict[str, Any]:
 
 @_telling
 async def run_wait(
-    runs: list[str] | str, ctx: Context, seconds: float = 45.0, any_of: bool = False
+    runs: list[str] | str, ctx: Context, seconds: float = WAIT_SECONDS, any_of: bool = False
 ) -> dict[str, Any]:
     """Wait until the runs have ended (any_of: until one has), for 50 seconds at most.
 
@@ -215,7 +216,8 @@ async def run_wait(
             await ctx.report_progress(round(now - began, 1), limit, text)
         await anyio.sleep(min(POLL_SECONDS, max(0.0, limit - (now - began))))
     told = await _in_thread(lambda: [answers.of_run(status_of(folder)) for folder in folders])
-    return {**answers.of_wait(told, ended), "note": note}
+    own = None if seconds in (WAIT_SECONDS, 0) or note is not None else limit
+    return {**answers.of_wait(told, ended, seconds=own, any_of=any_of), "note": note}
 
 
 @_telling
