@@ -25,10 +25,11 @@ from grd.experiment import interruption, rng
 from grd.experiment.counting import BatchSizes, Count
 from grd.experiment.events import emit
 from grd.experiment.loader import Steps, steps_of
+from grd.experiment.loop_folder import make_handler, warn_without_folder
 from grd.experiment.reporting import as_number, log_metrics, report_progress
+from grd.experiment.run_limits import deadline_of_run, max_lost_work
 from grd.experiment.schedule import Every, Schedule
 from grd.experiment.stopped import stopped
-from grd.experiment.training_loop import deadline_of_run, make_handler, max_lost_work
 from grd.experiment.training_state import count_parameters
 
 
@@ -78,6 +79,8 @@ class Survive(_Callback):
             self.handler = make_handler(
                 checkpoint_dir, total=None, resume=bool(resume), keep_bytes=keep_bytes
             )
+        else:
+            warn_without_folder(stacklevel=2)
         self._resume = bool(resume)
         self._seed = rng.process_seed() if seed is None else int(seed)
         self._loaders: list[ResumableLoader] = []

@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 from grd import contract
@@ -19,15 +18,15 @@ from grd.experiment.background_save import BackgroundSave
 from grd.experiment.checkpoint_handler import AsyncSave, CheckpointHandler
 from grd.experiment.counting import BatchSizes, Count
 from grd.experiment.epoch import Epoch, Inside
-from grd.experiment.events import emit, run_id
+from grd.experiment.events import emit
 from grd.experiment.gradients import Gradients
 from grd.experiment.loader import OrderChanged, Steps, steps_of
 from grd.experiment.outside import found, put_back_found
 from grd.experiment.reporting import report_progress, under_way
+from grd.experiment.run_limits import deadline_of_run, max_lost_work
 from grd.experiment.schedule import Every, Schedule
 from grd.experiment.stopped import stopped
 from grd.experiment.training_state import PuttingBack, UserState, count_parameters, take
-from grd.settings import Settings, parse_duration
 
 T = TypeVar("T")
 
@@ -502,43 +501,4 @@ class Loop:
         emit(contract.EVENT_WARNING, message=message)
 
 
-def max_lost_work() -> float:
-    """Seconds of training that may be lost, as the run was told."""
-    try:
-        return parse_duration(os.environ["GRD_MAX_LOST_WORK"])
-    except (KeyError, ValueError):
-        return Settings().max_lost_work
-
-
-def deadline_of_run() -> float | None:
-    """When the run must have ended, on the monotonic clock; None without a deadline."""
-    try:
-        return float(os.environ[contract.ENV_DEADLINE])
-    except (KeyError, ValueError):
-        return None
-
-
-_loops_here: dict[str, int] = {}
 _ended_here: set[str] = set()
-
-
-def make_handler(
-    checkpoint_dir: Path | str, *, total: int | None, resume: bool, keep_bytes: int | str | None
-) -> Any:
-    """The handler of a loop. A second loop of one run gets a subfolder, or it would pass for the first.
-
-    Outside of a run a cell that is executed again cannot be told from another training: both get the folder
-    itself, and the loop warns of it.
-    """
-    folder = Path(checkpoint_dir)
-    if run_id() is not None:
-        key = os.path.realpath(folder)
-        _loops_here[key] = number = _loops_here.get(key, 0) + 1
-        if number > 1:
-            folder = folder / f"loop-{number}"
-    handler = CheckpointHandler(
-        folder, total_epochs=total, keep_bytes=keep_bytes, install_signal_handlers=False, resume=resume
-    )
-    if not resume:
-        handler.begin_lineage()
-    return handler
