@@ -397,6 +397,44 @@ def test_gradients_gathered_over_several_batches_are_not_lost(tmp_path: Path) ->
     check_all_kills(gathering(3), tmp_path)
 
 
+def test_gradients_that_come_in_after_the_step_of_the_same_batch_are_not_lost(tmp_path: Path) -> None:
+    def step_at_top(folder: Path, resume: bool, after_step: Killer) -> Any:
+        model = nn.Linear(4, 1)
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        for epoch in training.epochs(
+            2, model=model, optimizer=optimizer, checkpoint_dir=folder, resume=resume, every=ALWAYS
+        ):
+            for x, y in epoch.steps(DataLoader(TensorDataset(X, Y), 16, shuffle=True)):
+                if epoch.step % 2 == 0:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                ((model(x) - y) ** 2).mean().backward()
+                after_step()
+        return weights(model)
+
+    def adversarial(folder: Path, resume: bool, after_step: Killer) -> Any:
+        """The generator's loss leaves gradients in the critic, which its next step uses."""
+        models = {"generator": nn.Linear(2, 4), "critic": nn.Linear(4, 1)}
+        optimizers = {name: torch.optim.SGD(model.parameters(), 0.1) for name, model in models.items()}
+        for epoch in training.epochs(
+            2, model=models, optimizer=optimizers, checkpoint_dir=folder, resume=resume, every=ALWAYS
+        ):
+            for (x,) in epoch.steps(DataLoader(TensorDataset(X), 16, shuffle=True)):
+                made = models["generator"](x[:, :2])
+                loss = (models["critic"](made.detach()) ** 2 + (models["critic"](x) - 1) ** 2).mean()
+                loss.backward()
+                optimizers["critic"].step()
+                optimizers["critic"].zero_grad()
+                (models["critic"](made) - 1).square().mean().backward()
+                optimizers["generator"].step()
+                optimizers["generator"].zero_grad()
+                after_step()
+        return [weights(model) for model in models.values()]
+
+    for name, once in {"top": step_at_top, "adversarial": adversarial}.items():
+        check_all_kills(once, tmp_path / name)
+
+
 def test_gradients_that_are_used_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[bool] = []
     save = CheckpointHandler.save_checkpoint

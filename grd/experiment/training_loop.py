@@ -125,7 +125,6 @@ class Loop:
             self._stop_if_asked(f"before epoch {self._first}")
             for index in range(self._first, self.total):
                 epoch = self._begin(index)
-                self._gradients.batch_begins()
                 started = time.monotonic()
                 yield epoch
                 interruption.rearm(self._armed)
@@ -153,7 +152,6 @@ class Loop:
             before = resumed.outside[passes]
             put_back_found(self._restored, before, new=self._new_keys)
         else:
-            self._gradients.pass_ended()
             before = found(self.parts.items() if self.handler is not None else [])
         epoch._outside.append(before)
 
@@ -182,7 +180,6 @@ class Loop:
                 (0, steps.begin(0, None)) if resumed is None else self._go_on(epoch, steps, resumed)
             )
             for batch in batches:
-                self._gradients.batch_begins()
                 yield batch
                 interruption.rearm(self._armed)
                 self._count.add(sizes.of(done))

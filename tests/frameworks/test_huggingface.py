@@ -291,7 +291,8 @@ def test_the_best_model_is_loaded_at_the_end_though_it_is_beyond_the_budget(
     with torch.no_grad():
         for parameter in survivor.parameters():
             parameter.zero_()
-    transformers.Trainer(survivor, result["trainer"].args)._load_from_checkpoint(str(best))
+    plain = transformers.TrainingArguments(output_dir=str(tmp_path / "own"), report_to=[], use_cpu=True)
+    transformers.Trainer(survivor, plain)._load_from_checkpoint(str(best))
     assert repr_of(survivor.net.state_dict()) == repr_of(result["trainer"].model.net.state_dict())
 
 
