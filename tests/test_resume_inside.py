@@ -363,6 +363,75 @@ def test_a_training_begun_in_one_cell_still_saves_on_sigterm_in_the_next(tmp_pat
     assert (tmp_path / "c" / "checkpoint_epoch_0_step_2.pt").exists()
 
 
+# --- loaders that keep a state from pass to pass ----------------------------------------------------------
+
+
+class Counting:
+    """What a sampler, a batch sampler and a dataset have in common here: each pass is another order."""
+
+    def __init__(self, batches: bool = False) -> None:
+        self.passes, self.batches = 0, batches
+
+    def __len__(self) -> int:
+        return 3 if self.batches else 6
+
+    def __iter__(self) -> Iterator[Any]:
+        order = list(range(6))
+        random.Random(self.passes).shuffle(order)
+        self.passes += 1
+        return iter([order[:2], order[2:4], order[4:]] if self.batches else order)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"passes": self.passes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.passes = state["passes"]
+
+
+class CountingStream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    def __init__(self) -> None:
+        self.passes, self.at = 0, 0
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(6))
+        random.Random(self.passes).shuffle(order)
+        while self.at < 6:
+            self.at += 1
+            yield order[self.at - 1]
+        self.passes, self.at = self.passes + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"passes": self.passes, "at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.passes, self.at = state["passes"], state["at"]
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("kind", ["sampler", "batch sampler", "stream"])
+def test_what_a_loader_keeps_from_pass_to_pass_comes_back_at_an_epochs_end_too(
+    tmp_path: Path, kind: str, passes: int
+) -> None:
+    def once(folder: Path, resume: bool, after_step: Killer) -> Any:
+        data = torch.arange(6)
+        loader: Any
+        if kind == "sampler":
+            loader = DataLoader(data, 2, sampler=Counting())  # type: ignore[arg-type]
+        elif kind == "batch sampler":
+            loader = DataLoader(data, batch_sampler=Counting(batches=True))  # type: ignore[arg-type]
+        else:
+            loader = DataLoader(CountingStream(), 2)
+        state: dict[str, Any] = {"seen": []}
+        for epoch in training.epochs(3, state=state, checkpoint_dir=folder, resume=resume, every=ALWAYS):
+            for _ in range(passes):
+                for batch in epoch.steps(loader):
+                    state["seen"].append(batch.tolist())
+                    after_step()
+        return state["seen"]
+
+    check_all_kills(once, tmp_path)
+
+
 # --- gradients -------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ Needs lightning or pytorch-lightning 2.x.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import os
 import sys
@@ -400,6 +401,9 @@ class ResumableLoader:
         self._start = self._done = 0
         self._steps: Any = None
         self._resumed: dict[str, Any] | None = None
+        self._carried: Any = None
+        """What the loader had kept from the passes before, until the next one begins."""
+
         self._ended = False
         """The pass of `_epoch` has given batches, so that the next one is another epoch's."""
 
@@ -412,6 +416,9 @@ class ResumableLoader:
             self._start, self._resumed, self._ended = 0, None, False
         self._done = self._start
         self._steps = steps_of(self.source, self.seed, self._epoch)
+        if self._carried is not None and self._steps.owner is not None:
+            self._steps.owner.load_state_dict(self._carried)
+        self._carried = None
         return self._counted(self._steps, None if self._resumed is None else self._resumed["loader"])
 
     def _counted(self, steps: Steps, resumed: dict[str, Any] | None) -> Iterator[Any]:
@@ -423,15 +430,18 @@ class ResumableLoader:
     def state_dict(self) -> dict[str, Any]:
         """The position, as Lightning keeps it."""
         begun = self._ended and self._done < (self._steps.total or float("inf"))
+        owner = None if self._steps is None or begun else self._steps.owner
         return {
             "seed": self.seed,
             "epoch": self._epoch + (self._ended and not begun),
             "done": self._done if begun else 0,
             "loader": self._steps.position() if begun else None,
+            "carried": None if owner is None else copy.deepcopy(owner.state_dict()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.seed, self._epoch, self._start = int(state["seed"]), int(state["epoch"]), int(state["done"])
         self._resumed = state if self._start else None
+        self._carried = state.get("carried")
         self._ended = False

@@ -15,6 +15,7 @@ from grd import contract
 from grd.errors import CheckpointError, CheckpointFenced, CheckpointRefused, ResumeError, UsageError
 from grd.experiment import checkpoint_file, interruption, rng
 from grd.experiment.background_save import BackgroundSave
+from grd.experiment.carried import Carried
 from grd.experiment.checkpoint_handler import AsyncSave, CheckpointHandler
 from grd.experiment.counting import BatchSizes, Count
 from grd.experiment.epoch import Epoch, Inside
@@ -87,6 +88,7 @@ class Loop:
     _failure: str | None = None
     _told: set[str] = field(default_factory=set)
     _count: Count = field(default_factory=Count)
+    _carried: Carried = field(default_factory=Carried)
     _steps_in_epoch: int | None = None
     """Those of the last whole epoch, in all its passes."""
 
@@ -173,6 +175,7 @@ class Loop:
                 "refusal",
                 f"a resume starts the interrupted epoch again, since of this loader {steps.refusal}",
             )
+        self._carried.pass_begins(epoch._call, steps)
         sizes = BatchSizes(loader)
         epoch._in_steps = True
         try:
@@ -315,6 +318,7 @@ class Loop:
             "ended_early": ended_early,
             "after_another": self._after_another,
             "inside": None if inside is None else dict(vars(inside)),
+            "loaders": self._carried.take(None if inside is None else inside.call),
         }
         return content
 
@@ -456,6 +460,7 @@ class Loop:
             )
             self._after_another = True
         self._seed = int(training.get("seed", rng.process_seed() if self.seed is None else self.seed))
+        self._carried.put_back(training.get("loaders") or {})
         self._ended_early = bool(training.get("ended_early", False))
         self._first = int(saved["epoch"]) + 1
         self._restored_from = (int(saved["epoch"]), saved.get("step"))
