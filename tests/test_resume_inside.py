@@ -526,6 +526,45 @@ def test_gradients_that_are_used_are_not_saved(tmp_path: Path, monkeypatch: pyte
     assert not optimizer._optimizer_step_post_hooks
 
 
+# --- what modules hold beside their state ------------------------------------------------------------------
+
+
+def test_train_mode_and_frozen_layers_come_back_as_the_training_has_left_them(tmp_path: Path) -> None:
+    def once(folder: Path, resume: bool, after_step: Killer) -> Any:
+        layers = nn.ModuleList([nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 1)])
+        model = nn.Sequential(*layers)
+        layers[0].requires_grad_(False)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for epoch in training.epochs(
+            3, model=model, optimizer=optimizer, checkpoint_dir=folder, resume=resume, every=ALWAYS
+        ):
+            if epoch == 1:
+                layers[0].requires_grad_(True)
+            for x, y in epoch.steps([(X, Y)] * 2):
+                optimizer.zero_grad()
+                ((model(x) - y) ** 2).mean().backward()
+                optimizer.step()
+                after_step()
+            model.eval()  # and never back: the next epochs train so
+            for _ in epoch.steps([X]):
+                after_step()
+        return weights(model), model.training, layers[0].weight.requires_grad
+
+    check_all_kills(once, tmp_path)
+
+
+def test_a_changed_notebook_may_freeze_what_the_training_never_touched(tmp_path: Path) -> None:
+    for frozen in (False, True):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+        model[0].requires_grad_(not frozen)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in training.epochs(
+            1 + frozen, model=model, optimizer=optimizer, checkpoint_dir=tmp_path, resume=frozen, every=1
+        ):
+            model[1].requires_grad_(False)
+        assert [layer.weight.requires_grad for layer in model] == [not frozen, False]
+
+
 # --- two trainings ---------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ from grd.experiment.epoch import Epoch, Inside
 from grd.experiment.events import emit
 from grd.experiment.gradients import Gradients
 from grd.experiment.loader import OrderChanged, Steps, steps_of
+from grd.experiment.module_flags import ModuleFlags
 from grd.experiment.outside import found, put_back_found
 from grd.experiment.reporting import report_progress, under_way
 from grd.experiment.run_limits import deadline_of_run, max_lost_work
@@ -100,6 +101,7 @@ class Loop:
             self._arming.callback(self._disarmed)
             self._tell_of_another()
             self._gradients = Gradients(self.parts.optimizer)
+            self._flags = ModuleFlags(self.parts.model)
             if self.handler is not None:
                 self._gradients.watch()
                 self._arming.callback(self._gradients.close)
@@ -238,6 +240,7 @@ class Loop:
                 part.forget_others(saved[name], keep=self._new_keys)
             putting.restore(part, saved[name], name.removesuffix("_state"))
         self._gradients.put_back(saved.get("gradients") or {})
+        self._flags.put_back(saved.get("module_flags"))
 
     def _step_done(self, epoch: Epoch, steps: Steps, done: int) -> None:
         self._hear_of_save(wait=False)
@@ -312,6 +315,7 @@ class Loop:
         gradients = self._gradients.take()
         if gradients:
             content["gradients"] = gradients
+        content["module_flags"] = self._flags.take()
         content["training"] = {
             "seed": self._seed,
             "total": self.total,
@@ -450,6 +454,7 @@ class Loop:
                 if isinstance(part, UserState):
                     self._new_keys = {key for key in part.values if key not in saved[name]}
         self._gradients.put_back(saved.get("gradients") or {})
+        self._flags.put_back(saved.get("module_flags"))
         self.history.extend(saved.get("history") or [])
         training = saved.get("training") or {}
         if training.get("after_another") and not self._after_another:
