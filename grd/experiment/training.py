@@ -15,10 +15,11 @@ from grd.errors import ResumeError, UsageError
 from grd.experiment import rng
 from grd.experiment.checkpoint_handler import AsyncSave
 from grd.experiment.epoch import Epoch
+from grd.experiment.live_state import Parts
 from grd.experiment.loop_folder import make_handler, warn_without_folder
 from grd.experiment.schedule import Every
 from grd.experiment.stage import Stage, stage
-from grd.experiment.training_loop import Loop, Parts
+from grd.experiment.training_loop import Loop
 from grd.experiment.training_state import UserState, can_be_put_back
 
 __all__ = ["Epoch", "Stage", "epochs", "history", "stage", "state", "verify_resume"]
