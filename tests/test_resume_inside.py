@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import subprocess
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from grd.errors import UsageError
 from grd.experiment import CheckpointHandler, training
+from grd.experiment.resumable_loader import ResumableLoader
 
 pytestmark = pytest.mark.usefixtures("by_hand")
 
@@ -334,6 +336,7 @@ shell = InteractiveShell.instance()
 shell.run_cell('''
 import os, signal
 from grd.experiment import CheckpointHandler, training
+from grd.experiment.resumable_loader import ResumableLoader
 epochs = training.epochs(5, state={}, checkpoint_dir=os.environ["FOLDER"], every=100)
 steps = next(epochs).steps(range(9))
 next(steps)
@@ -430,6 +433,25 @@ def test_what_a_loader_keeps_from_pass_to_pass_comes_back_at_an_epochs_end_too(
         return state["seen"]
 
     check_all_kills(once, tmp_path)
+
+
+@pytest.mark.parametrize("taken", range(1, 10))
+def test_a_frameworks_loader_goes_on_with_what_its_sampler_has_kept(taken: int) -> None:
+    def passes(loader: ResumableLoader) -> Iterator[list[int]]:
+        while True:
+            for batch in loader:
+                yield batch.tolist()
+
+    def made() -> ResumableLoader:
+        return ResumableLoader(DataLoader(torch.arange(6), 2, sampler=Counting()), 5)  # type: ignore[arg-type]
+
+    whole = list(itertools.islice(passes(made()), 12))
+    first, second = made(), made()
+    batches = passes(first)
+    for _ in range(taken):
+        next(batches)
+    second.load_state_dict(first.state_dict())
+    assert list(itertools.islice(passes(second), 12 - taken)) == whole[taken:]
 
 
 # --- gradients -------------------------------------------------------------------------------------------
