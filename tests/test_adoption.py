@@ -11,7 +11,13 @@ import pytest
 from conftest import Project, wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDS = {"pytorch": "torch", "lightning": "pytorch_lightning", "sklearn": "sklearn"}
+NEEDS = {
+    "pytorch": "torch",
+    "lightning": "pytorch_lightning",
+    "huggingface": "transformers",
+    "sklearn": "sklearn",
+}
+FRAMEWORKS = ("lightning", "huggingface")
 MOST_CHANGED_LINES = 5
 
 
@@ -48,7 +54,8 @@ def weights(project: Project, *where: str) -> list[str]:
 @pytest.mark.faults
 @pytest.mark.usefixtures("torch_in_kernels")
 @pytest.mark.parametrize(
-    "name", ["pytorch", "sklearn", pytest.param("lightning", marks=pytest.mark.frameworks)]
+    "name",
+    [pytest.param(name, marks=pytest.mark.frameworks if name in FRAMEWORKS else ()) for name in NEEDS],
 )
 def test_a_notebook_changed_so_ends_after_an_interruption_where_none_would_have(
     project: Project, name: str

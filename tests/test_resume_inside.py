@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import subprocess
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from grd.errors import UsageError
 from grd.experiment import CheckpointHandler, training
+from grd.experiment.resumable_loader import ResumableLoader
 
 pytestmark = pytest.mark.usefixtures("by_hand")
 
@@ -334,6 +336,7 @@ shell = InteractiveShell.instance()
 shell.run_cell('''
 import os, signal
 from grd.experiment import CheckpointHandler, training
+from grd.experiment.resumable_loader import ResumableLoader
 epochs = training.epochs(5, state={}, checkpoint_dir=os.environ["FOLDER"], every=100)
 steps = next(epochs).steps(range(9))
 next(steps)
@@ -361,6 +364,94 @@ def test_a_training_begun_in_one_cell_still_saves_on_sigterm_in_the_next(tmp_pat
     )
     assert done.stderr.strip().endswith("ExperimentInterrupted"), done
     assert (tmp_path / "c" / "checkpoint_epoch_0_step_2.pt").exists()
+
+
+# --- loaders that keep a state from pass to pass ----------------------------------------------------------
+
+
+class Counting:
+    """What a sampler, a batch sampler and a dataset have in common here: each pass is another order."""
+
+    def __init__(self, batches: bool = False) -> None:
+        self.passes, self.batches = 0, batches
+
+    def __len__(self) -> int:
+        return 3 if self.batches else 6
+
+    def __iter__(self) -> Iterator[Any]:
+        order = list(range(6))
+        random.Random(self.passes).shuffle(order)
+        self.passes += 1
+        return iter([order[:2], order[2:4], order[4:]] if self.batches else order)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"passes": self.passes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.passes = state["passes"]
+
+
+class CountingStream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    def __init__(self) -> None:
+        self.passes, self.at = 0, 0
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(6))
+        random.Random(self.passes).shuffle(order)
+        while self.at < 6:
+            self.at += 1
+            yield order[self.at - 1]
+        self.passes, self.at = self.passes + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"passes": self.passes, "at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.passes, self.at = state["passes"], state["at"]
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("kind", ["sampler", "batch sampler", "stream"])
+def test_what_a_loader_keeps_from_pass_to_pass_comes_back_at_an_epochs_end_too(
+    tmp_path: Path, kind: str, passes: int
+) -> None:
+    def once(folder: Path, resume: bool, after_step: Killer) -> Any:
+        data = torch.arange(6)
+        loader: Any
+        if kind == "sampler":
+            loader = DataLoader(data, 2, sampler=Counting())  # type: ignore[arg-type]
+        elif kind == "batch sampler":
+            loader = DataLoader(data, batch_sampler=Counting(batches=True))  # type: ignore[arg-type]
+        else:
+            loader = DataLoader(CountingStream(), 2)
+        state: dict[str, Any] = {"seen": []}
+        for epoch in training.epochs(3, state=state, checkpoint_dir=folder, resume=resume, every=ALWAYS):
+            for _ in range(passes):
+                for batch in epoch.steps(loader):
+                    state["seen"].append(batch.tolist())
+                    after_step()
+        return state["seen"]
+
+    check_all_kills(once, tmp_path)
+
+
+@pytest.mark.parametrize("taken", range(1, 10))
+def test_a_frameworks_loader_goes_on_with_what_its_sampler_has_kept(taken: int) -> None:
+    def passes(loader: ResumableLoader) -> Iterator[list[int]]:
+        while True:
+            for batch in loader:
+                yield batch.tolist()
+
+    def made() -> ResumableLoader:
+        return ResumableLoader(DataLoader(torch.arange(6), 2, sampler=Counting()), 5)  # type: ignore[arg-type]
+
+    whole = list(itertools.islice(passes(made()), 12))
+    first, second = made(), made()
+    batches = passes(first)
+    for _ in range(taken):
+        next(batches)
+    second.load_state_dict(first.state_dict())
+    assert list(itertools.islice(passes(second), 12 - taken)) == whole[taken:]
 
 
 # --- gradients -------------------------------------------------------------------------------------------
@@ -397,6 +488,44 @@ def test_gradients_gathered_over_several_batches_are_not_lost(tmp_path: Path) ->
     check_all_kills(gathering(3), tmp_path)
 
 
+def test_gradients_that_come_in_after_the_step_of_the_same_batch_are_not_lost(tmp_path: Path) -> None:
+    def step_at_top(folder: Path, resume: bool, after_step: Killer) -> Any:
+        model = nn.Linear(4, 1)
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        for epoch in training.epochs(
+            2, model=model, optimizer=optimizer, checkpoint_dir=folder, resume=resume, every=ALWAYS
+        ):
+            for x, y in epoch.steps(DataLoader(TensorDataset(X, Y), 16, shuffle=True)):
+                if epoch.step % 2 == 0:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                ((model(x) - y) ** 2).mean().backward()
+                after_step()
+        return weights(model)
+
+    def adversarial(folder: Path, resume: bool, after_step: Killer) -> Any:
+        """The generator's loss leaves gradients in the critic, which its next step uses."""
+        models = {"generator": nn.Linear(2, 4), "critic": nn.Linear(4, 1)}
+        optimizers = {name: torch.optim.SGD(model.parameters(), 0.1) for name, model in models.items()}
+        for epoch in training.epochs(
+            2, model=models, optimizer=optimizers, checkpoint_dir=folder, resume=resume, every=ALWAYS
+        ):
+            for (x,) in epoch.steps(DataLoader(TensorDataset(X), 16, shuffle=True)):
+                made = models["generator"](x[:, :2])
+                loss = (models["critic"](made.detach()) ** 2 + (models["critic"](x) - 1) ** 2).mean()
+                loss.backward()
+                optimizers["critic"].step()
+                optimizers["critic"].zero_grad()
+                (models["critic"](made) - 1).square().mean().backward()
+                optimizers["generator"].step()
+                optimizers["generator"].zero_grad()
+                after_step()
+        return [weights(model) for model in models.values()]
+
+    for name, once in {"top": step_at_top, "adversarial": adversarial}.items():
+        check_all_kills(once, tmp_path / name)
+
+
 def test_gradients_that_are_used_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[bool] = []
     save = CheckpointHandler.save_checkpoint
@@ -417,6 +546,45 @@ def test_gradients_that_are_used_are_not_saved(tmp_path: Path, monkeypatch: pyte
             model(x)
     assert len(saved) > 8 and not any(saved)
     assert not optimizer._optimizer_step_post_hooks
+
+
+# --- what modules hold beside their state ------------------------------------------------------------------
+
+
+def test_train_mode_and_frozen_layers_come_back_as_the_training_has_left_them(tmp_path: Path) -> None:
+    def once(folder: Path, resume: bool, after_step: Killer) -> Any:
+        layers = nn.ModuleList([nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 1)])
+        model = nn.Sequential(*layers)
+        layers[0].requires_grad_(False)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for epoch in training.epochs(
+            3, model=model, optimizer=optimizer, checkpoint_dir=folder, resume=resume, every=ALWAYS
+        ):
+            if epoch == 1:
+                layers[0].requires_grad_(True)
+            for x, y in epoch.steps([(X, Y)] * 2):
+                optimizer.zero_grad()
+                ((model(x) - y) ** 2).mean().backward()
+                optimizer.step()
+                after_step()
+            model.eval()  # and never back: the next epochs train so
+            for _ in epoch.steps([X]):
+                after_step()
+        return weights(model), model.training, layers[0].weight.requires_grad
+
+    check_all_kills(once, tmp_path)
+
+
+def test_a_changed_notebook_may_freeze_what_the_training_never_touched(tmp_path: Path) -> None:
+    for frozen in (False, True):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+        model[0].requires_grad_(not frozen)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in training.epochs(
+            1 + frozen, model=model, optimizer=optimizer, checkpoint_dir=tmp_path, resume=frozen, every=1
+        ):
+            model[1].requires_grad_(False)
+        assert [layer.weight.requires_grad for layer in model] == [not frozen, False]
 
 
 # --- two trainings ---------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import enum
+import functools
 import hashlib
 import json
 import math
@@ -844,6 +845,42 @@ def test_a_stage_is_computed_again_when_what_it_depends_on_has_changed(tmp_path:
         with training.stage("s", checkpoint_dir=tmp_path, resume=True, depends_on=depends_on) as stage:
             stage.cached(lambda: calls.append(1))
     assert len(calls) == 2
+
+
+def test_a_stage_is_computed_again_when_the_arguments_bound_to_its_function_have_changed(
+    tmp_path: Path,
+) -> None:
+    class Scaled:
+        def __init__(self, n: int) -> None:
+            self.n = n
+
+        def prepare(self) -> int:
+            return self.n
+
+    def prepare(n: int, *, times: int = 1) -> int:
+        return n * times
+
+    def by_default(n: int) -> Any:
+        return lambda n=n: prepare(n)
+
+    for number, bind in enumerate(
+        [
+            lambda n: functools.partial(prepare, n),
+            lambda n: functools.partial(functools.partial(prepare, 1), times=n),
+            lambda n: functools.partial(prepare, np.full(3, n)),
+            lambda n: functools.partial(prepare, n, times=(lambda: 1)()),
+            by_default,
+        ]
+    ):
+        reused = []
+        for n in (10, 10, 20):
+            with training.stage(str(number), checkpoint_dir=tmp_path, resume=True) as stage:
+                assert np.all(stage.cached(bind(n)) == n)
+            reused.append(stage.reused)
+        assert reused == [False, True, False], number
+    for n in (10, 20):  # a class that cannot be pickled: nobody can tell that it is the same
+        with training.stage("method", checkpoint_dir=tmp_path, resume=True) as stage:
+            assert stage.cached(Scaled(n).prepare) == n
 
 
 def test_a_damaged_stage_is_computed_again(tmp_path: Path) -> None:

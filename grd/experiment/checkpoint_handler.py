@@ -12,8 +12,6 @@ from typing import Any, Literal
 
 from grd import contract
 from grd.errors import (
-    CheckpointCorrupt,
-    CheckpointError,
     CheckpointFenced,
     CheckpointRefused,
     UsageError,
@@ -21,10 +19,11 @@ from grd.errors import (
 from grd.experiment import checkpoint_file, checkpoint_folder, interruption, saving_history
 from grd.experiment.background_save import BackgroundSave
 from grd.experiment.checkpoint_file import FORMAT
-from grd.experiment.checkpoint_folder import Found, Scan, version_name
+from grd.experiment.checkpoint_folder import Found, version_name
+from grd.experiment.checkpoint_reader import CheckpointReader, epoch_of, restore
 from grd.experiment.checkpoint_writer import CheckpointWriter, Job, Saved, budget_of, check_fence
 from grd.experiment.events import emit, run_id
-from grd.experiment.manifest import MANIFEST_NAME, read_entries
+from grd.experiment.manifest import read_entries
 from grd.experiment.reporting import as_number
 from grd.experiment.schedule import SMALL_STATE_BYTES
 from grd.experiment.snapshot import Size, SnapshotMemory, available_bytes, size_of, spare_cores
@@ -80,7 +79,7 @@ class CheckpointHandler:
         self._saving: BackgroundSave | None = None
         self._turn = threading.RLock()
         self._told_of_no_copy = False
-        self._told: set[str] = set()
+        self._reader = CheckpointReader(self.checkpoint_dir)
         checkpoint_folder.sweep(self.checkpoint_dir)
         if resume is False:
             self._writer.move_aside_what_is_not_ours()
@@ -254,80 +253,10 @@ class CheckpointHandler:
 
     # --- reading ---
 
-    def _scan(self, *, epoch: int | None = None, passed_over: set[Path] | None = None) -> Found | None:
+    def _reader_after_saving(self) -> CheckpointReader:
         if self._saving is not None:
             self._saving.finish()
-        result = checkpoint_folder.scan(self.checkpoint_dir, epoch=epoch, passed_over=passed_over or ())
-        self._tell_of_doubts(result)
-        used = result.found.path.name if result.found is not None else "none, there is no other good one"
-        for path, reason in result.damaged:
-            message = f"checkpoint {path} is damaged: {reason}; used instead: {used}"
-            warnings.warn(message, RuntimeWarning, stacklevel=4)
-            emit(contract.EVENT_WARNING, message=message)
-        if epoch is not None and result.found is None and result.damaged:
-            path, reason = result.damaged[0]
-            raise CheckpointCorrupt(
-                f"{path} is damaged: {reason}; load another epoch, or the newest good one"
-            )
-        return result.found
-
-    def _tell_of_doubts(self, result: Scan) -> None:
-        manifest = self.checkpoint_dir / MANIFEST_NAME
-        for number in result.damaged_lines:
-            self._doubt(
-                f"line {number} of {manifest} is damaged; files that it may have vouched for are checked by "
-                "their own checksums"
-            )
-        for path in result.strangers:
-            self._doubt(f"{path} looks newer, but is not of this folder's manifest: it is passed over")
-
-    def _doubt(self, message: str, stacklevel: int = 6) -> None:
-        if message not in self._told:
-            self._told.add(message)
-            warnings.warn(f"grd: {message}", RuntimeWarning, stacklevel=stacklevel)
-            emit(contract.EVENT_WARNING, message=message)
-
-    def _newest(
-        self,
-        *,
-        epoch: int | None = None,
-        map_location: Any = None,
-        allow_pickle: bool = False,
-        read_ours: bool = False,
-    ) -> tuple[Found, dict[str, Any] | None] | None:
-        """The newest version that can be loaded, and what is in it; of ours only if ``read_ours``.
-
-        A file that is not of the manifest may be a sound zip and no checkpoint: only opening it tells.
-        """
-        passed_over: set[Path] = set()
-        while True:
-            found = self._scan(epoch=epoch, passed_over=passed_over)
-            if found is None:
-                return None
-            is_ours = found.entry is not None
-            if is_ours and not read_ours:
-                return found, None
-            try:
-                content = checkpoint_file.read(
-                    found.path, map_location=map_location, allow_pickle=allow_pickle and is_ours
-                )
-                if not is_ours and found.version is None:
-                    _epoch_of(content, found)
-                return found, content
-            except CheckpointError as error:
-                # One of ours whose line is damaged may hold pickles, which nobody vouches for any more.
-                unlisted = found.version is not None and found.version.may_be_unlisted and not is_ours
-                if not (unlisted and allow_pickle):
-                    raise
-                reason = str(error)
-            except Exception as error:
-                if is_ours:
-                    raise CheckpointError(
-                        f"{found.path} is sound but cannot be opened here: {error}"
-                    ) from error
-                reason = f"{found.path} is no checkpoint of ours and cannot be opened: {error}"
-            self._doubt(f"{reason}; it is passed over", stacklevel=4)
-            passed_over.add(found.path)
+        return self._reader
 
     def load_checkpoint(
         self,
@@ -348,19 +277,19 @@ class CheckpointHandler:
         Raises CheckpointRefused for a file that needs code, CheckpointCorrupt for a damaged ``epoch``,
         CheckpointError for a sound file that cannot be opened here.
         """
-        newest = self._newest(
+        newest = self._reader_after_saving().newest(
             epoch=epoch, map_location=map_location, allow_pickle=allow_pickle, read_ours=True
         )
         if newest is None or newest[1] is None:
             return None
-        return _restore(newest[1], newest[0], model, optimizer)
+        return restore(newest[1], newest[0], model, optimizer)
 
     def find_latest_checkpoint(self) -> Path | None:
         """Path of the checkpoint that `load_checkpoint` would load, or None.
 
         Raises what it raises for a file that came from elsewhere and needs code, or torch.
         """
-        newest = self._newest(map_location="cpu")
+        newest = self._reader_after_saving().newest(map_location="cpu")
         return None if newest is None else newest[0].path
 
     def get_resumability_hints(self) -> dict[str, Any]:
@@ -372,12 +301,12 @@ class CheckpointHandler:
         (saving as a share of the training), both as measured and None before the second save, and
         resume_command (what to type to go on; None if there is nothing to go on from or with).
         """
-        newest = self._newest(map_location="cpu")
+        newest = self._reader_after_saving().newest(map_location="cpu")
         found, content = (None, None) if newest is None else newest
         total = self.total_epochs
         latest: int | None = None
         if found is not None:
-            latest = _epoch_of(content or {}, found)
+            latest = epoch_of(content or {}, found)
             if total is None and found.entry is not None:
                 total = found.entry.total_epochs
         next_epoch = 0 if latest is None else latest + 1
@@ -431,18 +360,6 @@ def _whole(name: str, value: Any) -> int:
     return number
 
 
-def _epoch_of(content: Mapping[str, Any], found: Found) -> int:
-    """The last completed epoch: as the file says, or its name. Raises ValueError if neither does."""
-    try:
-        said = content.get("epoch")
-        if said is not None:
-            return int(said)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        if found.epoch is None:
-            raise ValueError(f"its epoch is {said!r}, which is no number") from None
-    return -1 if found.epoch is None else found.epoch
-
-
 def _state_of(value: Any) -> Any:
     if value is None or isinstance(value, (dict, list, tuple)):
         return value
@@ -466,23 +383,3 @@ def _gains_time(size: Size) -> bool:
 def _warn(message: str) -> None:
     warnings.warn(f"grd: {message}", RuntimeWarning, stacklevel=4)
     emit(contract.EVENT_WARNING, message=message)
-
-
-def _restore(content: dict[str, Any], found: Found, model: Any, optimizer: Any) -> dict[str, Any]:
-    if str(content.pop("format", "")).startswith("grd."):
-        content.pop("lineage", None)
-    for name in ("model_state", "optimizer_state"):
-        other = content.pop(f"{name}_dict", None)
-        if content.get(name) is None:
-            content[name] = other
-    content.setdefault("loss", None)
-    content.setdefault("metadata", {})
-    if found.entry is None or content.get("epoch") is None:
-        content["epoch"] = _epoch_of(content, found)
-    for target, name in ((model, "model_state"), (optimizer, "optimizer_state")):
-        if target is None:
-            continue
-        if content[name] is None:
-            raise CheckpointError(f"{found.path} holds no {name}: save it with the checkpoint")
-        target.load_state_dict(content[name])
-    return content

@@ -113,7 +113,8 @@ class Epoch(int):
         is not restored: draw from the global ones, or make it from the sample's index.
 
         A call within the loop over another one's batches (a validation every 100 steps) is part of that
-        step. Raises UsageError if two passes are gone through side by side: zip the loaders instead.
+        step. What counts the batches goes on with ``enumerate(epoch.steps(loader), epoch.step)``. Raises
+        UsageError if two passes are gone through side by side: zip the loaders instead.
         """
         if self._in_steps:
             return iter(loader)

@@ -1,7 +1,7 @@
 """Gradients that an accumulation has gathered and no optimizer has used yet: they belong to the state.
 
-After a step of its optimizer a gradient is used up, and the next batch begins with none. So only what was
-gathered since is saved, and a training without accumulation saves none.
+After a step of its optimizer a gradient is used up, until something is added to it. So only what was gathered
+since is saved, and a training without accumulation saves none.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ class Gradients:
 
     def __init__(self, optimizers: Any) -> None:
         self._optimizers = _flat(optimizers)
-        self._stepped: set[int] = set()
         self._used: dict[int, list[Any]] = {}
+        """Of each optimizer: what its last step has left."""
+
         self._hooks: list[Any] = []
 
     def watch(self) -> None:
@@ -26,7 +27,7 @@ class Gradients:
             if hasattr(optimizer, "register_step_post_hook"):
 
                 def seen(*_: Any, number: int = number) -> None:
-                    self._stepped.add(number)
+                    self._used[number] = [_identity(grad) for grad in self._of(number) if grad is not None]
 
                 self._hooks.append(optimizer.register_step_post_hook(seen))
 
@@ -36,22 +37,13 @@ class Gradients:
             hook.remove()
         self._hooks = []
 
-    def batch_begins(self) -> None:
-        """What an optimizer has used is known from here on; a training takes its next batch."""
-        self._stepped.clear()
-
-    def pass_ended(self) -> None:
-        """Remember what is used up, while batches may follow that train nothing (a validation)."""
-        for number in self._stepped:
-            self._used[number] = [_identity(grad) for grad in self._of(number) if grad is not None]
-
     def take(self) -> dict[str, list[Any]]:
         """For each optimizer by its number, what it has still to use, in the order of its parameters."""
         gathered = {}
         for number in range(len(self._optimizers)):
             grads = self._of(number)
             present = [grad for grad in grads if grad is not None]
-            if number in self._stepped or not present or self._are_used(number, present):
+            if not present or self._are_used(number, present):
                 continue
             gathered[str(number)] = [None if grad is None else grad.detach() for grad in grads]
         return gathered

@@ -15,7 +15,6 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +23,12 @@ from grd.errors import CheckpointError, CheckpointFenced, CheckpointRefused
 from grd.experiment import interruption, rng
 from grd.experiment.counting import BatchSizes, Count
 from grd.experiment.events import emit
-from grd.experiment.loader import Steps, steps_of
+from grd.experiment.loop_folder import make_handler, warn_without_folder
 from grd.experiment.reporting import as_number, log_metrics, report_progress
+from grd.experiment.resumable_loader import ResumableLoader, is_resumable
+from grd.experiment.run_limits import deadline_of_run, max_lost_work
 from grd.experiment.schedule import Every, Schedule
 from grd.experiment.stopped import stopped
-from grd.experiment.training_loop import deadline_of_run, make_handler, max_lost_work
 from grd.experiment.training_state import count_parameters
 
 
@@ -78,6 +78,8 @@ class Survive(_Callback):
             self.handler = make_handler(
                 checkpoint_dir, total=None, resume=bool(resume), keep_bytes=keep_bytes
             )
+        else:
+            warn_without_folder(stacklevel=2)
         self._resume = bool(resume)
         self._seed = rng.process_seed() if seed is None else int(seed)
         self._loaders: list[ResumableLoader] = []
@@ -133,7 +135,7 @@ class Survive(_Callback):
             deadline=deadline_of_run(),
             between_interruptions=between,
         )
-        if self.handler is not None and not _is_ours(trainer.train_dataloader):
+        if self.handler is not None and not is_resumable(trainer.train_dataloader):
             self._warn(
                 "loader",
                 "a resume puts the data into another order, since this is not known. "
@@ -374,61 +376,3 @@ def _zero_current(progress: Any) -> None:
             progress[name] = False
         else:
             _zero_current(value)
-
-
-def _is_ours(loaders: Any) -> bool:
-    if isinstance(loaders, dict):
-        return all(map(_is_ours, loaders.values()))
-    if isinstance(loaders, (list, tuple)):
-        return all(map(_is_ours, loaders))
-    return isinstance(loaders, ResumableLoader)
-
-
-class ResumableLoader:
-    """The batches of a loader, epoch after epoch, in an order that depends on seed and epoch only.
-
-    Lightning saves its position with the checkpoint. See `Epoch.steps` for what it makes of which loader.
-    """
-
-    def __init__(self, loader: Any, seed: int) -> None:
-        self.source = loader
-        self.seed = seed
-        self._epoch = 0
-        self._start = self._done = 0
-        self._steps: Any = None
-        self._resumed: dict[str, Any] | None = None
-        self._ended = False
-        """The pass of `_epoch` has given batches, so that the next one is another epoch's."""
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __iter__(self) -> Iterator[Any]:
-        if self._ended:  # Lightning may ask twice before it takes the first batch
-            self._epoch += 1
-            self._start, self._resumed, self._ended = 0, None, False
-        self._done = self._start
-        self._steps = steps_of(self.source, self.seed, self._epoch)
-        return self._counted(self._steps, None if self._resumed is None else self._resumed["loader"])
-
-    def _counted(self, steps: Steps, resumed: dict[str, Any] | None) -> Iterator[Any]:
-        for batch in steps.begin(self._start, resumed):
-            self._ended = True
-            self._done += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position, as Lightning keeps it."""
-        begun = self._ended and self._done < (self._steps.total or float("inf"))
-        return {
-            "seed": self.seed,
-            "epoch": self._epoch + (self._ended and not begun),
-            "done": self._done if begun else 0,
-            "loader": self._steps.position() if begun else None,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
-        self.seed, self._epoch, self._start = int(state["seed"]), int(state["epoch"]), int(state["done"])
-        self._resumed = state if self._start else None
-        self._ended = False

@@ -29,6 +29,9 @@ class Steps(Protocol):
     refusal: str | None
     """Why this pass cannot be continued in its middle, or None."""
 
+    owner: Any
+    """What keeps a state from one pass to the next (``state_dict``, ``load_state_dict``), or None."""
+
     def begin(self, start: int, resumed: dict[str, Any] | None) -> Iterator[Any]:
         """The batches from number ``start`` on, none drawn yet; ``resumed`` is the `position` saved there."""
 
@@ -99,6 +102,8 @@ class _Exact:
 class _PlainSteps(_Exact):
     """Batches as they come; only the start of the epoch can be resumed."""
 
+    owner = None
+
     def __init__(self, loader: Any, refusal: str) -> None:
         self.loader = loader
         self.refusal: str | None = refusal
@@ -118,7 +123,7 @@ class _StatefulSteps(_Exact):
 
     def __init__(self, loader: Any, owner: Any = None) -> None:
         self.loader = loader
-        self.owner = loader if owner is None else owner
+        self.owner: Any = loader if owner is None else owner
         self.total = _length(loader)
 
     def begin(self, start: int, resumed: dict[str, Any] | None) -> Iterator[Any]:
@@ -139,6 +144,7 @@ class _ReplayedSteps:
     """
 
     refusal: str | None = None
+    owner = None
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self.loader = loader
@@ -175,6 +181,9 @@ class _RebuiltSteps(_Exact):
         self.epoch = epoch
         self.refusal: str | None = None
         self.total = _length(loader)
+        self._source = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+        stateful = self._source if _has_state(self._source) else getattr(self._source, "sampler", None)
+        self.owner: Any = stateful if _has_state(stateful) else None
         self._order_hash = ""
         self._sampler_state: Any = None
 
@@ -194,16 +203,14 @@ class _RebuiltSteps(_Exact):
         return {"order": self._order_hash, "sampler": self._sampler_state}
 
     def _order(self, resumed: dict[str, Any] | None) -> list[Any]:
-        source = self.loader.batch_sampler if self.loader.batch_sampler is not None else self.loader.sampler
-        stateful = source if _has_state(source) else getattr(source, "sampler", None)
-        if stateful is not None and _has_state(stateful):
+        if self.owner is not None:
             if resumed is not None and resumed.get("sampler") is not None:
-                stateful.load_state_dict(resumed["sampler"])
-            self._sampler_state = copy.deepcopy(stateful.state_dict())
+                self.owner.load_state_dict(resumed["sampler"])
+            self._sampler_state = copy.deepcopy(self.owner.state_dict())
         order_seed = rng.derive(self.seed, "order", self.epoch)
-        with rng.untouched(), _seeded_sampler(source, order_seed, self.epoch):
+        with rng.untouched(), _seeded_sampler(self._source, order_seed, self.epoch):
             rng.seed_all(order_seed)
-            return list(source)
+            return list(self._source)
 
 
 class OrderChanged(Exception):

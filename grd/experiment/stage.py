@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
+import pickle
 import platform
 import re
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,8 +41,9 @@ class Stage:
         """``function()``, or on a resume its stored result.
 
         Stored are tensors, arrays, plain data, and by pickle what is none of these. The result is used again
-        only if the function's source, the plain global values it names, ``depends_on`` and the Python
-        version are the same. The random generators go on as if it had been computed.
+        only if the function's source, the arguments bound to it (by ``functools.partial`` or as defaults),
+        the plain global values it names, ``depends_on`` and the Python version are the same. The random
+        generators go on as if it had been computed.
         """
         key = _key(function, self._depends_on)
         handler = None
@@ -79,6 +83,14 @@ class Stage:
 
 
 def _key(function: Callable[[], Any], depends_on: Any) -> str:
+    bound: list[str] = []
+    while isinstance(function, functools.partial):
+        bound.append(_content_of((function.args, sorted(function.keywords.items()))))
+        function = function.func
+    for name in ("__self__", "__defaults__", "__kwdefaults__"):
+        value = getattr(function, name, None)
+        if value is not None and not inspect.ismodule(value):
+            bound.append(_content_of(value))
     try:
         source = inspect.getsource(function)
     except (OSError, TypeError):
@@ -95,8 +107,29 @@ def _key(function: Callable[[], Any], depends_on: Any) -> str:
                 if isinstance(cell.cell_contents, (str, int, float, bool, bytes, type(None))):
                     values[name] = repr(cell.cell_contents)
     version = ".".join(platform.python_version_tuple()[:2])
-    text = repr((source, sorted(values.items()), repr(depends_on), version))
+    text = repr((source, sorted(values.items()), repr(depends_on), version, *bound))
     return str(xxhash.xxh3_128_hexdigest(text.encode("utf-8", "backslashreplace")))
+
+
+class _Hashing:
+    """A file that keeps a hash of what is written."""
+
+    def __init__(self) -> None:
+        self.digest = xxhash.xxh3_128()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return memoryview(data).nbytes
+
+
+def _content_of(value: Any) -> str:
+    """A hash of ``value``; of what has none a new one each time, so that nothing passes for the same."""
+    hashing = _Hashing()
+    try:
+        pickle.Pickler(hashing, protocol=4).dump(value)
+        return hashing.digest.hexdigest()
+    except Exception:  # whatever an object raises that cannot be pickled
+        return uuid.uuid4().hex
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ dictionary; both are of the loop that was started last.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ from grd.errors import ResumeError, UsageError
 from grd.experiment import rng
 from grd.experiment.checkpoint_handler import AsyncSave
 from grd.experiment.epoch import Epoch
-from grd.experiment.events import run_id
+from grd.experiment.live_state import Parts
+from grd.experiment.loop_folder import make_handler, warn_without_folder
 from grd.experiment.schedule import Every
 from grd.experiment.stage import Stage, stage
-from grd.experiment.training_loop import Loop, Parts, make_handler
+from grd.experiment.training_loop import Loop
 from grd.experiment.training_state import UserState, can_be_put_back
 
 __all__ = ["Epoch", "Stage", "epochs", "history", "stage", "state", "verify_resume"]
@@ -121,13 +121,8 @@ def _start(
     handler = None
     if checkpoint_dir:
         handler = make_handler(checkpoint_dir, total=total, resume=resume, keep_bytes=keep_bytes)
-    elif run_id() is not None:
-        warnings.warn(
-            "grd: this training has no checkpoint_dir, so it cannot be resumed: declare checkpoint_dir and "
-            "resume in the parameters cell and pass them on",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+    else:
+        warn_without_folder(stacklevel=3)
     loop = Loop(total, parts, handler, resume, every, seed, allow_pickle, async_save)
     history = loop.history
     state = user_state if user_state is not None else {}

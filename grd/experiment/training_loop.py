@@ -9,51 +9,24 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 from grd import contract
-from grd.errors import CheckpointError, CheckpointFenced, CheckpointRefused, ResumeError, UsageError
+from grd.errors import ResumeError, UsageError
 from grd.experiment import checkpoint_file, interruption, rng
-from grd.experiment.background_save import BackgroundSave
 from grd.experiment.checkpoint_handler import AsyncSave, CheckpointHandler
 from grd.experiment.counting import BatchSizes, Count
 from grd.experiment.epoch import Epoch, Inside
-from grd.experiment.events import emit, run_id
-from grd.experiment.gradients import Gradients
+from grd.experiment.events import emit
+from grd.experiment.live_state import LiveState, Parts
 from grd.experiment.loader import OrderChanged, Steps, steps_of
-from grd.experiment.outside import found, put_back_found
+from grd.experiment.loop_saving import Saving
 from grd.experiment.reporting import report_progress, under_way
-from grd.experiment.schedule import Every, Schedule
+from grd.experiment.schedule import Every
 from grd.experiment.stopped import stopped
-from grd.experiment.training_state import PuttingBack, UserState, count_parameters, take
-from grd.settings import Settings, parse_duration
+from grd.experiment.training_state import count_parameters
 
 T = TypeVar("T")
-
-
-@dataclass
-class Parts:
-    """What belongs to the training: objects with ``state_dict()``, and the user's own ``state``."""
-
-    model: Any = None
-    optimizer: Any = None
-    scheduler: Any = None
-    scaler: Any = None
-    ema: Any = None
-    state: UserState | None = None
-
-    def items(self) -> list[tuple[str, Any]]:
-        """Name in the checkpoint, and object, of each part there is."""
-        named = [
-            ("model_state", self.model),
-            ("optimizer_state", self.optimizer),
-            ("scheduler_state", self.scheduler),
-            ("scaler_state", self.scaler),
-            ("ema_state", self.ema),
-            ("state", self.state),
-        ]
-        return [(name, part) for name, part in named if part is not None]
 
 
 @dataclass
@@ -71,21 +44,13 @@ class Loop:
     history: list[dict[str, Any]] = field(default_factory=list)
     _first: int = 0
     _inside: Inside | None = None
-    _restored: list[tuple[str, Any]] = field(default_factory=list)
-    """The parts that the checkpoint had."""
-
     _restored_from: tuple[int, int | None] | None = None
-    _new_keys: set[Any] = field(default_factory=set)
-    """Of the user's ``state``: those that the checkpoint did not have."""
-
     _ended_early: bool = False
     _seed: int = 0
     _armed: object | None = None
     _after_another: bool = False
     """Whether another training of this process had ended in the folder before."""
 
-    _saved_at: tuple[int, int | None] | None = None
-    _failure: str | None = None
     _told: set[str] = field(default_factory=set)
     _count: Count = field(default_factory=Count)
     _steps_in_epoch: int | None = None
@@ -98,25 +63,17 @@ class Loop:
             self._armed = self._arming.enter_context(interruption.armed())
             self._arming.callback(self._disarmed)
             self._tell_of_another()
-            self._gradients = Gradients(self.parts.optimizer)
+            self._live = LiveState(self.parts)
+            self._saving = Saving(
+                self.handler, total=self.total, every=self.every, allow_pickle=self.allow_pickle,
+                async_save=self.async_save, warn=self._warn,
+            )  # fmt: skip
             if self.handler is not None:
-                self._gradients.watch()
-                self._arming.callback(self._gradients.close)
+                self._live.watch(self._arming)
             self._arming.enter_context(under_way("epochs"))
-            self._arming.push(self._await_save)  # also where the training is left by an error
+            self._arming.push(self._saving.end)  # also where the training is left by an error
             self._restore()
-            between = None
-            if self.handler is not None:
-                between = self.handler.seconds_between_interruptions() if self.resume else None
-                self.handler.begin_work()
-            self._schedule = Schedule(
-                self.every,
-                now=time.monotonic(),
-                max_lost_work=max_lost_work(),
-                parameters=count_parameters(self.parts.model),
-                deadline=deadline_of_run(),
-                between_interruptions=between,
-            )
+            self._saving.begin(resumed=self.resume, parameters=count_parameters(self.parts.model))
             self._stop_if_asked(f"before epoch {self._first}")
             if self._ended_early:
                 return
@@ -126,7 +83,6 @@ class Loop:
             self._stop_if_asked(f"before epoch {self._first}")
             for index in range(self._first, self.total):
                 epoch = self._begin(index)
-                self._gradients.batch_begins()
                 started = time.monotonic()
                 yield epoch
                 interruption.rearm(self._armed)
@@ -152,10 +108,9 @@ class Loop:
         resumed = epoch._resumed
         if resumed is not None and passes < len(resumed.outside):
             before = resumed.outside[passes]
-            put_back_found(self._restored, before, new=self._new_keys)
+            self._live.put_back_found(before)
         else:
-            self._gradients.pass_ended()
-            before = found(self.parts.items() if self.handler is not None else [])
+            before = self._live.found(kept=self.handler is not None)
         epoch._outside.append(before)
 
     def steps(self, epoch: Epoch, loader: Iterable[T]) -> Iterator[T]:
@@ -176,6 +131,7 @@ class Loop:
                 "refusal",
                 f"a resume starts the interrupted epoch again, since of this loader {steps.refusal}",
             )
+        self._live.carried.pass_begins(epoch._call, steps)
         sizes = BatchSizes(loader)
         epoch._in_steps = True
         try:
@@ -183,7 +139,6 @@ class Loop:
                 (0, steps.begin(0, None)) if resumed is None else self._go_on(epoch, steps, resumed)
             )
             for batch in batches:
-                self._gradients.batch_begins()
                 yield batch
                 interruption.rearm(self._armed)
                 self._count.add(sizes.of(done))
@@ -233,20 +188,15 @@ class Loop:
         saved = self.handler.load_checkpoint(allow_pickle=self.allow_pickle) if self.handler else None
         if saved is None or (int(saved["epoch"]), saved.get("step")) != self._restored_from:
             raise ResumeError("the checkpoint that this training goes on from is gone: resume it once more")
-        putting = PuttingBack()
-        for name, part in self._restored:
-            if isinstance(part, UserState):
-                part.forget_others(saved[name], keep=self._new_keys)
-            putting.restore(part, saved[name], name.removesuffix("_state"))
-        self._gradients.put_back(saved.get("gradients") or {})
+        self._live.undo(saved)
 
     def _step_done(self, epoch: Epoch, steps: Steps, done: int) -> None:
-        self._hear_of_save(wait=False)
+        self._saving.hear(wait=False)
         now = time.monotonic()
-        self._schedule.step_ended(now)
+        self._saving.schedule.step_ended(now)
         self._report(int(epoch) + self._share(epoch, steps, done), step=done, steps=steps.total)
         reason = interruption.stop_requested()
-        if reason is None and (done == steps.total or not self._schedule.due_after_step(now)):
+        if reason is None and (done == steps.total or not self._saving.schedule.due_after_step(now)):
             return
         if steps.refusal is None:
             inside = Inside(
@@ -270,7 +220,7 @@ class Loop:
         report_progress("epochs", round(n, 3), self.total, force=force, **self._count.told(), **more)
 
     def _end(self, epoch: Epoch, seconds: float) -> None:
-        self._hear_of_save(wait=False)
+        self._saving.hear(wait=False)
         if epoch._resumed is not None:
             self._warn(
                 "pass",
@@ -279,17 +229,17 @@ class Loop:
             )
             self._undo_outside(epoch, epoch._resumed)
         now = time.monotonic()
-        self._schedule.epoch_ended(now)
+        self._saving.schedule.epoch_ended(now)
         self.note(epoch)
         if epoch._call >= 0:
             self._steps_in_epoch = epoch._step
         self._report(int(epoch) + 1, force=True)
         is_last = int(epoch) == self.total - 1 or epoch._ends_training
-        if epoch._call < 0 and self.handler is not None and seconds > self._schedule.max_lost_work:
+        if epoch._call < 0 and self.handler is not None and seconds > self._saving.schedule.max_lost_work:
             self._warn(
                 "long", f"an epoch takes {seconds:.0f} s: use epoch.steps(loader), or all of it is at risk"
             )
-        due = is_last or self._schedule.due_after_epoch(now, int(epoch))
+        due = is_last or self._saving.schedule.due_after_epoch(now, int(epoch))
         if due or interruption.stop_requested() is not None:
             self._save(int(epoch), None, ended_early=epoch._ends_training, is_last=is_last)
             if is_last and self.handler is not None:
@@ -304,123 +254,30 @@ class Loop:
     # --- saving and restoring ---
 
     def _content(self, epoch: int, inside: Inside | None, ended_early: bool = False) -> dict[str, Any]:
-        content = {name: take(part) for name, part in self.parts.items()}
+        content = self._live.take()
         done = self.history
         if inside is not None and done and done[-1] is inside.record:
             done = done[:-1]
         content["history"] = [dict(record) for record in done]
-        content["rng"] = rng.capture()
-        gradients = self._gradients.take()
-        if gradients:
-            content["gradients"] = gradients
         content["training"] = {
             "seed": self._seed,
             "total": self.total,
             "ended_early": ended_early,
             "after_another": self._after_another,
             "inside": None if inside is None else dict(vars(inside)),
+            "loaders": self._live.carried.take(None if inside is None else inside.call),
         }
         return content
 
     def _save(self, epoch: int, inside: Inside | None, *, ended_early: bool, is_last: bool = False) -> None:
-        handler, step = self.handler, None if inside is None else inside.step
-        if handler is None:
-            return
-        waits = is_last or interruption.stop_requested() is not None
-        with interruption.saving():  # from the first look at the state: reading it may take long too
-            if waits:
-                self._hear_of_save(wait=True)
-            if self._saved_at != (epoch, step):
-                self._save_now(handler, epoch, inside, ended_early, False if waits else self.async_save)
-
-    def _save_now(
-        self,
-        handler: CheckpointHandler,
-        epoch: int,
-        inside: Inside | None,
-        ended_early: bool,
-        async_save: AsyncSave,
-    ) -> None:
-        step = None if inside is None else inside.step
-        started = time.monotonic()
-        self._hear_of_save(wait=True)
-        content = self._content(epoch, inside, ended_early)
         record = self.history[-1] if self.history else {}
-        loss = record.get("loss") if inside is None else inside.record.get("loss")
-        try:
-            path = handler.save_checkpoint(
-                epoch,
-                content.pop("model_state", None),
-                content.pop("optimizer_state", None),
-                loss,
-                {"total_epochs": self.total, "metrics": {k: v for k, v in record.items() if k != "epoch"}},
-                step=step,
-                allow_pickle=self.allow_pickle,
-                async_save=async_save,
-                **content,
-            )
-        except (CheckpointFenced, CheckpointRefused):
-            raise
-        except CheckpointError as error:
-            self._has_failed(error)
-            self._schedule.save_ended(time.monotonic(), 0.0, None)
-            return
-        self._saved_at = (epoch, step)
-        now = time.monotonic()
-        if handler.is_saving:
-            self._schedule.background_save_began(now, now - started)
-            return
-        self._failure = None
-        self._schedule.save_ended(now, now - started, path.stat().st_size)
-        self._tell_of_overhead(step)
-
-    def _has_failed(self, error: CheckpointError) -> None:
-        # The training is worth more than this one save: it goes on, and is told.
-        self._failure = str(error)
-        self._warn(f"save {error.__cause__}", str(error))
-
-    def _hear_of_save(self, *, wait: bool) -> None:
-        """What has become of a save in the background. Raises CheckpointFenced."""
-        try:
-            ended = None if self.handler is None else self.handler.finished(wait=wait)
-        except CheckpointError as error:
-            self._saved_at = None
-            self._has_failed(error)
-            return
-        if ended is not None:
-            self._save_ended(ended)
-
-    def _save_ended(self, ended: BackgroundSave) -> None:
-        if isinstance(ended.error, CheckpointFenced):
-            raise ended.error
-        if ended.saved is None:
-            self._saved_at = None
-            self._has_failed(ended.error or CheckpointError(f"{ended.job.name} could not be saved"))
-            self._schedule.background_save_ended(0.0, None)
-            return
-        self._failure = None
-        self._schedule.background_save_ended(ended.saved.seconds, ended.saved.size)
-        self._tell_of_overhead(ended.job.step)
-
-    def _await_save(self, error: type[BaseException] | None, *_: Any) -> None:
-        if self.handler is None:
-            return
-        try:
-            with interruption.saving():
-                self._hear_of_save(wait=True)
-        except CheckpointFenced:
-            if error is None:
-                raise
-        finally:
-            self.handler.release_memory()
-
-    def _tell_of_overhead(self, step: int | None) -> None:
-        overhead = self._schedule.expected_overhead
-        if self.every == Every() and overhead is not None and overhead > 0.05 and step is not None:
-            self._warn(
-                "overhead",
-                f"saving takes about {overhead:.0%} of the time, to risk no more work than was agreed",
-            )
+        self._saving.save(
+            (epoch, None if inside is None else inside.step),
+            lambda: self._content(epoch, inside, ended_early),
+            loss=record.get("loss") if inside is None else inside.record.get("loss"),
+            metrics={name: value for name, value in record.items() if name != "epoch"},
+            is_last=is_last,
+        )
 
     def _tell_of_another(self) -> None:
         if self.handler is None or os.path.realpath(self.handler.checkpoint_dir) not in _ended_here:
@@ -440,16 +297,7 @@ class Loop:
         if saved is None:
             self._seed = rng.process_seed() if self.seed is None else int(self.seed)
             return
-        putting = PuttingBack()
-        for name, part in self.parts.items():
-            if saved.get(name) is None:
-                self._warn(name, f"the checkpoint has no {name}: that part goes on as it is")
-            else:
-                putting.restore(part, saved[name], name.removesuffix("_state"))
-                self._restored.append((name, part))
-                if isinstance(part, UserState):
-                    self._new_keys = {key for key in part.values if key not in saved[name]}
-        self._gradients.put_back(saved.get("gradients") or {})
+        self._live.put_back(saved, on_missing=self._tell_of_missing)
         self.history.extend(saved.get("history") or [])
         training = saved.get("training") or {}
         if training.get("after_another") and not self._after_another:
@@ -460,6 +308,7 @@ class Loop:
             )
             self._after_another = True
         self._seed = int(training.get("seed", rng.process_seed() if self.seed is None else self.seed))
+        self._live.carried.put_back(training.get("loaders") or {})
         self._ended_early = bool(training.get("ended_early", False))
         self._first = int(saved["epoch"]) + 1
         self._restored_from = (int(saved["epoch"]), saved.get("step"))
@@ -475,6 +324,9 @@ class Loop:
             path=None if self.handler is None else str(self.handler.checkpoint_dir.absolute()),
         )
 
+    def _tell_of_missing(self, name: str) -> None:
+        self._warn(name, f"the checkpoint has no {name}: that part goes on as it is")
+
     # --- stopping ---
 
     def _stop_if_asked(self, where: str) -> None:
@@ -482,7 +334,7 @@ class Loop:
         if reason is None:
             return
         with interruption.saving():
-            self._hear_of_save(wait=True)
+            self._saving.hear(wait=True)
         interruption.honoured()
         # The generator lives on in the traceback of a cell that ended here; the signals must not.
         self._arming.close()
@@ -490,8 +342,8 @@ class Loop:
             where,
             reason,
             saves=self.handler is not None,
-            saved=self._saved_at is not None,
-            failure=self._failure,
+            saved=self._saving.saved_at is not None,
+            failure=self._saving.failure,
         )
 
     def _warn(self, key: str, message: str) -> None:
@@ -502,43 +354,4 @@ class Loop:
         emit(contract.EVENT_WARNING, message=message)
 
 
-def max_lost_work() -> float:
-    """Seconds of training that may be lost, as the run was told."""
-    try:
-        return parse_duration(os.environ["GRD_MAX_LOST_WORK"])
-    except (KeyError, ValueError):
-        return Settings().max_lost_work
-
-
-def deadline_of_run() -> float | None:
-    """When the run must have ended, on the monotonic clock; None without a deadline."""
-    try:
-        return float(os.environ[contract.ENV_DEADLINE])
-    except (KeyError, ValueError):
-        return None
-
-
-_loops_here: dict[str, int] = {}
 _ended_here: set[str] = set()
-
-
-def make_handler(
-    checkpoint_dir: Path | str, *, total: int | None, resume: bool, keep_bytes: int | str | None
-) -> Any:
-    """The handler of a loop. A second loop of one run gets a subfolder, or it would pass for the first.
-
-    Outside of a run a cell that is executed again cannot be told from another training: both get the folder
-    itself, and the loop warns of it.
-    """
-    folder = Path(checkpoint_dir)
-    if run_id() is not None:
-        key = os.path.realpath(folder)
-        _loops_here[key] = number = _loops_here.get(key, 0) + 1
-        if number > 1:
-            folder = folder / f"loop-{number}"
-    handler = CheckpointHandler(
-        folder, total_epochs=total, keep_bytes=keep_bytes, install_signal_handlers=False, resume=resume
-    )
-    if not resume:
-        handler.begin_lineage()
-    return handler

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_training import Killed, repr_of  # noqa: E402
 
 from grd.errors import CheckpointFenced, ExperimentInterrupted, UsageError  # noqa: E402
-from grd.experiment.huggingface import SEAL, Survive  # noqa: E402
+from grd.experiment.huggingface import Survive  # noqa: E402
+from grd.experiment.sealed_folder import SEAL  # noqa: E402
 
 EVERY_STEP = "0.0000001s"
 
@@ -77,6 +78,8 @@ def train(
     kill: Kill | None = None,
     every: str | int = EVERY_STEP,
     on_step: Any = None,
+    arguments: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """One training; what it came to, or after a kill only the steps it did."""
@@ -86,19 +89,23 @@ def train(
     model = Model()
     model.on_step = on_step
     survive = Survive(folder, resume=resume, every=every, **options)
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=3,
-        per_device_train_batch_size=8,
-        lr_scheduler_type="cosine",
-        logging_steps=1,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=5,
-    )
+    settings: dict[str, Any] = {
+        "output_dir": f"{folder}-own",
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 8,
+        "lr_scheduler_type": "cosine",
+        "logging_steps": 1,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 5,
+        **(arguments or {}),
+    }
     trainer = transformers.Trainer(
-        model, arguments, train_dataset=Data(), callbacks=[*([kill] if kill else []), survive]
+        model,
+        transformers.TrainingArguments(**settings),
+        callbacks=[*([kill] if kill else []), survive],
+        **(data or {"train_dataset": Data()}),
     )
     try:
         trainer.train(resume_from_checkpoint=survive.checkpoint)
@@ -110,12 +117,13 @@ def train(
         "optimizer": hashlib.sha256(repr_of(trainer.optimizer.state_dict())).hexdigest(),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "at": trainer.state.global_step,
+        "trainer": trainer,
     }
 
 
 def same(result: dict[str, Any], expected: dict[str, Any]) -> None:
     for name in expected:
-        if name != "trace":
+        if name not in ("trace", "trainer"):
             assert result[name] == expected[name], name
     steps = len(result["trace"])
     assert result["trace"] == expected["trace"][len(expected["trace"]) - steps :]
@@ -216,13 +224,76 @@ def test_an_older_attempt_can_no_longer_seal(tmp_path: Path, monkeypatch: pytest
         Survive(tmp_path / "c")
 
 
-def test_another_output_dir_is_refused_with_what_to_write(tmp_path: Path) -> None:
-    survive = Survive(tmp_path / "here")
-    arguments = transformers.TrainingArguments(output_dir=str(tmp_path / "there"), report_to=[], use_cpu=True)
-    with pytest.raises(UsageError, match=r"output_dir=checkpoint_dir"):
-        transformers.Trainer(Model(), arguments, train_dataset=Data(), callbacks=[survive])
-    with pytest.raises(UsageError, match="needs a folder"):
-        Survive("")
+def test_the_trainer_saves_into_checkpoint_dir_and_then_has_its_own_settings_again(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    settings = {"output_dir": str(own), "save_total_limit": 1, "save_strategy": "steps", "save_steps": 2}
+    trainer = train(tmp_path / "c", every=1, arguments=settings)["trainer"]
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
+        "checkpoint-10",
+        "checkpoint-15",
+        "checkpoint-5",
+    ]
+    trainer.save_model()
+    assert [path.name for path in own.iterdir() if path.is_dir()] == []
+    assert (own / "pytorch_model.bin").exists() or (own / "model.safetensors").exists()
+    assert (trainer.args.save_strategy, trainer.args.save_total_limit) == ("steps", 1)
+
+
+def test_without_a_folder_the_trainer_saves_as_it_would_without_grd(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    settings = {"output_dir": str(own), "save_strategy": "epoch"}
+    trainer = train("", arguments=settings)["trainer"]
+    assert sorted(path.name for path in own.glob("*")) == ["checkpoint-10", "checkpoint-15", "checkpoint-5"]
+    assert not list(own.rglob(SEAL))
+    assert Survive("", resume=True).checkpoint is None
+    assert trainer.state.global_step == 15
+    with pytest.raises(UsageError, match="resume"):
+        Survive("", resume="False")  # type: ignore[arg-type]
+
+
+def test_a_trainer_that_keeps_the_model_only_can_be_resumed_all_the_same(
+    tmp_path: Path, whole: dict[str, Any]
+) -> None:
+    settings = {"save_only_model": True}
+    train(tmp_path / "c", kill=Kill(step=7), arguments=settings)
+    same(train(tmp_path / "c", resume=True, arguments=settings), whole)
+
+
+class Worse(Data):
+    """What the training makes worse from epoch to epoch."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"x": torch.full((6,), index / 40), "labels": torch.tensor(-5.0 * (index % 3))}
+
+
+@pytest.mark.parametrize("killed_at", [None, 12])
+def test_the_best_model_is_loaded_at_the_end_though_it_is_beyond_the_budget(
+    tmp_path: Path, killed_at: int | None
+) -> None:
+    settings = {
+        "load_best_model_at_end": True,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "learning_rate": 0.05,
+    }
+    data = {"train_dataset": Data(), "eval_dataset": Worse()}
+    if killed_at is not None:
+        train(tmp_path, kill=Kill(step=killed_at), arguments=settings, data=data, keep_bytes=1)
+    result = train(tmp_path, resume=True, arguments=settings, data=data, keep_bytes=1)
+    best = tmp_path / "checkpoint-5"
+    assert result["trainer"].state.best_model_checkpoint == str(best)
+    assert sorted(tmp_path.glob("checkpoint-*")) == [
+        tmp_path / "checkpoint-14",
+        tmp_path / "checkpoint-15",
+        best,
+    ]
+    survivor = Model()
+    with torch.no_grad():
+        for parameter in survivor.parameters():
+            parameter.zero_()
+    plain = transformers.TrainingArguments(output_dir=str(tmp_path / "own"), report_to=[], use_cpu=True)
+    transformers.Trainer(survivor, plain)._load_from_checkpoint(str(best))
+    assert repr_of(survivor.net.state_dict()) == repr_of(result["trainer"].model.net.state_dict())
 
 
 def test_a_seal_says_what_it_sealed(tmp_path: Path) -> None:
