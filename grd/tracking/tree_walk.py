@@ -1,7 +1,7 @@
 """A process tree seen often and cheaply: memory, processor time, bytes read and written, from /proc.
 
 Bare system calls, for a look several times a second must cost next to nothing. `process_tree` has the same
-for a single look, also where there is no /proc.
+also where there is no /proc.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class ProcessUse:
     read: int | None = None
     written: int | None = None
     parent: int = 0
+    vms: int = 0
     forked: bool = False
     ended: bool = False
     faults: int = 0
@@ -91,16 +92,16 @@ def descendants(root: int, *, every_thread: bool) -> list[int]:
     return found
 
 
-def look_at_tree(root: int, before: TreeLook, *, thorough: bool) -> TreeLook:
+def look_at_tree(root: int, before: TreeLook, *, every_thread: bool, io: bool) -> TreeLook:
     """``root`` and what stems from it, and of the look ``before`` what lives on without being found.
 
-    ``thorough``: children of all threads, and bytes read and written.
+    ``every_thread``: also the children of other threads than the main one; ``io``: bytes read and written.
     """
     found = TreeLook()
-    stemming = dict.fromkeys(descendants(root, every_thread=thorough))
+    stemming = dict.fromkeys(descendants(root, every_thread=every_thread))
     known = before.processes | before.ended
     for pid in stemming | dict.fromkeys(known):
-        process = look_at(pid, io=thorough, before=before.processes.get(pid))
+        process = look_at(pid, io=io, before=before.processes.get(pid))
         if process is None or (pid not in stemming and process.started != known[pid].started):
             continue
         (found.ended if process.ended else found.processes)[pid] = process
@@ -123,6 +124,7 @@ def look_at(pid: int, *, io: bool, before: ProcessUse | None = None) -> ProcessU
             waited_seconds=(int(stat[13]) + int(stat[14])) / _TICK,
             threads=int(stat[17]),
             parent=int(stat[1]),
+            vms=int(stat[20]),
             forked=bool(int(stat[6]) & _FORKED),
             ended=stat[0] in (b"Z", b"X"),
             faults=int(stat[7]) + int(stat[9]),
