@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -81,6 +82,16 @@ def test_the_peak_is_the_true_one(case: str) -> None:
     # A child has some memory of its own besides what it fills.
     room = 40 if case in ("in a child", "shared by forks") else 12
     assert base + more - 5 <= usage["peak_memory_mb"] <= base + more + room
+
+
+def test_a_file_that_others_have_mapped_too_counts_whole(tmp_path: Path) -> None:
+    library = tmp_path / "library"
+    library.write_bytes(b"x" * (64 << 20))
+    mapped = "import mmap; f = mmap.mmap(os.open({!r}, os.O_RDONLY), 0, prot=mmap.PROT_READ); f[::4096]"
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as ours:
+        assert len(ours[::4096]) == 64 << 8  # every page is read here, too
+        base, usage = run(mapped.format(str(library)), f"subprocess.run([sys.executable, '-c', {CHILD!r}])")
+    assert base + 200 - 5 <= usage["peak_memory_mb"] <= base + 200 + 40
 
 
 def test_the_time_of_children_counts() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grd.tracking import tree_walk
-from grd.tracking.tree_walk import ProcessUse, TreeLook
+from grd.tracking.tree_walk import ProcessUse, SharedCount, TreeLook
 
 KIBIBYTE = 1024
 
@@ -50,8 +50,8 @@ def reset_high_water() -> bool:
     return True
 
 
-def count_shared(processes: Mapping[int, ProcessUse]) -> int | None:
-    """PSS of all: pages that several of them share are counted once. None if one of them may not be seen.
+def count_shared(processes: Mapping[int, ProcessUse]) -> SharedCount | None:
+    """What these have, with pages that several of them share counted once; None if one may not be seen.
 
     Without /proc: what each has for itself, and the most that one of them shares.
     """
@@ -68,7 +68,7 @@ def count_shared(processes: Mapping[int, ProcessUse]) -> int | None:
         except psutil.Error:
             return None
         own, shared = own + told.uss, max(shared, told.rss - told.uss)
-    return own + shared
+    return SharedCount(own + shared, own + shared)
 
 
 def _waited_seconds(pid: int, times: Any) -> float:

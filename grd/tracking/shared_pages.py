@@ -6,7 +6,7 @@ import time
 
 from grd.tracking.peaks import Accumulator
 from grd.tracking.process_tree import count_shared
-from grd.tracking.tree_walk import TreeLook
+from grd.tracking.tree_walk import SharedCount, TreeLook
 
 SHARE = 0.001
 """Counting may take this share of the time, besides when a peak may be missed."""
@@ -32,7 +32,7 @@ class SharedPages:
         if accumulator.totals.peak_bytes > peak:
             self._next_in_vain = now
 
-    def _count(self, accumulator: Accumulator, look: TreeLook, now: float) -> int | None:
+    def _count(self, accumulator: Accumulator, look: TreeLook, now: float) -> SharedCount | None:
         own = accumulator.own(look)
         if len(own) < 2 or now < self._rested:
             return None

@@ -27,6 +27,7 @@ class Spikes:
     def __init__(self) -> None:
         self._marks: dict[Key, int] = {}
         self._sizes: dict[Key, int] = {}
+        self._shareable: dict[Key, int] = {}
         self._inherited: dict[Key, int] = {}
 
     def of(self, processes: Mapping[int, ProcessUse]) -> list[int]:
@@ -48,12 +49,15 @@ class Spikes:
             for pid, process in processes.items()
         }
         self._sizes = {(pid, process.started): process.rss for pid, process in processes.items()}
+        self._shareable = {(pid, process.started): process.shareable for pid, process in processes.items()}
 
     def _spike(self, pid: int, process: ProcessUse, processes: Mapping[int, ProcessUse]) -> int:
         key = pid, process.started
         if not self._is_new(pid, process):
             return 0
-        floor = max(process.rss, self._inheritance(pid, process, processes))
+        # Its libraries, which it gives back when it ends, are counted with the others that have them, too.
+        had = max(self._shareable.get(key, 0), process.shareable + process.given_back)
+        floor = max(process.rss + had - process.shareable, self._inheritance(pid, process, processes))
         if any(other.forked and other.parent == pid for other in processes.values()):
             floor = max(floor, self._sizes.get(key, 0))
         return process.mark - floor
