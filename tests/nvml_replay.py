@@ -83,9 +83,15 @@ class Machine:
     def _by_uuid(self, uuid: str) -> Device:
         for card in self._cards():
             for device in (card, *card.instances):
-                if device.answers["GetUUID"] == uuid:
+                if uuid in (device.answers["GetUUID"], self._old_name(card, device)):
                     return device
         raise NOT_FOUND
+
+    @staticmethod
+    def _old_name(card: Device, device: Device) -> str:
+        """How drivers before R470 name an instance; later ones take it too."""
+        parts = [device.answers.get(f"Get{part}InstanceId") for part in ("Gpu", "Compute")]
+        return f"MIG-{card.answers['GetUUID']}/{parts[0]}/{parts[1]}"
 
     def _instance(self, card: Device, index: int) -> Device:
         if index >= len(card.instances):
@@ -168,6 +174,8 @@ _SLICE = Device(
     {
         "GetUUID": "MIG-2b6a0c07-5dcd-5fb3-9b2c-000000000001",
         "GetName": "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "GetGpuInstanceId": 9,
+        "GetComputeInstanceId": 0,
         "GetMemoryInfo": memory(4864, 3),
         "GetAttributes": SimpleNamespace(
             multiprocessorCount=14, gpuInstanceSliceCount=1, computeInstanceSliceCount=1, memorySizeMB=4864
@@ -189,6 +197,7 @@ A100_SPLIT.instances = [
     _SLICE.but(
         GetUUID="MIG-2b6a0c07-5dcd-5fb3-9b2c-000000000002",
         GetName="NVIDIA A100-SXM4-40GB MIG 3g.20gb",
+        GetGpuInstanceId=2,
         GetMemoryInfo=memory(19968, 10),
         GetAttributes=SimpleNamespace(
             multiprocessorCount=42, gpuInstanceSliceCount=3, computeInstanceSliceCount=3, memorySizeMB=19968

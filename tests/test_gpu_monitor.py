@@ -17,13 +17,14 @@ from nvml_replay import (
     H200,
     LAPTOP,
     LOST,
+    NO_PERMISSION,
     NOT_LOADED,
     V100,
     Machine,
 )
 
 from grd.errors import ResourceUnavailable
-from grd.hardware import GPUMonitor, GPUStats, get_gpu_monitor
+from grd.hardware import GPUMonitor, GPUStats, find_gpus, get_gpu_monitor
 
 
 @pytest.fixture(autouse=True)
@@ -136,6 +137,44 @@ def test_hidden_devices_are_shown_and_marked(monitor_of: Any, monkeypatch: pytes
 def test_work_is_given_to_instances_and_whole_cards_but_not_to_split_ones(monitor_of: Any) -> None:
     instances = [each.answers["GetUUID"] for each in A100_SPLIT.instances]
     assert monitor_of(A100_SPLIT, H200).allocatable() == [*instances, H200.answers["GetUUID"]]
+
+
+OLD_NAME = f"MIG-{A100_SPLIT.answers['GetUUID']}/2/0"
+LARGE = A100_SPLIT.instances[1].answers["GetUUID"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "given"),
+    [
+        (LARGE, [LARGE]),
+        (OLD_NAME, [LARGE]),
+        (LARGE[:16], []),
+        (OLD_NAME[:20] + "/2/0", []),
+        ("MIG-none,0", []),
+    ],
+)
+def test_an_instance_goes_by_both_of_its_names_written_out(
+    monitor_of: Any, monkeypatch: pytest.MonkeyPatch, setting: str, given: list[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
+    monitor = monitor_of(H200, A100_SPLIT)
+    assert [row.uuid for row in monitor.get_gpu_stats() if row.visible] == monitor.allocatable() == given
+    assert [gpu.values["uuid"] for gpu in find_gpus().devices] == given
+
+
+def test_an_instance_whose_profile_the_driver_does_not_tell_is_one_too(
+    monitor_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guarded = A100_SPLIT.but()
+    guarded.instances = [part.but(GetAttributes=NO_PERMISSION) for part in A100_SPLIT.instances]
+    assert monitor_of(guarded).allocatable() == [each.answers["GetUUID"] for each in guarded.instances]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", LARGE)
+    monitor = monitor_of(guarded)
+    assert [row.visible for row in monitor.get_gpu_stats()] == [False, False, True]
+    assert monitor.allocatable() == [LARGE]
+    found = find_gpus()
+    assert [gpu.values["uuid"] for gpu in found.devices] == [LARGE]
+    assert not any("split by MIG" in note for note in found.notes)
 
 
 def test_shutting_down_twice_is_harmless_and_leaves_nothing_to_show(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,14 +164,25 @@ def test_a_hybrid_machine_takes_v1_limits_though_a_v2_tree_is_mounted_beside_the
     assert tightest_memory(limits_of(root)) == GIB
 
 
-def test_a_group_outside_the_visible_tree_falls_back_to_the_mount_itself(tmp_path: Path) -> None:
-    root = machine(
-        tmp_path,
-        mounts=[V2_MOUNT.replace("0:29 / ", "0:29 /user.slice/box ")],
-        groups=["0::/../elsewhere"],
-        files={"memory.max": str(2 * GIB)},
+def limit_seen_from_a_namespace(root: Path, mounted: str, group: str, **files: int) -> int:
+    """Where the mount shows the tree from ``mounted`` on, and the process's own group is called ``group``."""
+    machine(
+        root,
+        mounts=[V2_MOUNT.replace("0:29 / ", f"0:29 {mounted} ")],
+        groups=[f"0::{group}"],
+        files={f"{folder}/memory.max": str(limit) for folder, limit in files.items()},
     )
-    assert tightest_memory(limits_of(root)) == 2 * GIB
+    return tightest_memory(limits_of(root))
+
+
+def test_a_group_outside_the_visible_tree_falls_back_to_the_mount_itself(tmp_path: Path) -> None:
+    assert (
+        limit_seen_from_a_namespace(tmp_path, "/user.slice/box", "/../elsewhere", **{".": 2 * GIB}) == 2 * GIB
+    )
+
+
+def test_where_a_nested_namespace_names_both_from_outside_the_way_between_them_counts(tmp_path: Path) -> None:
+    assert limit_seen_from_a_namespace(tmp_path, "/../..", "/../../x", **{".": 2 * GIB, "x": GIB}) == GIB
 
 
 BIND = "40 25 0:29 {root} /var/lib/box rw - cgroup2 cgroup rw"
@@ -204,16 +215,6 @@ def test_a_cgroup_may_have_any_name(tmp_path: Path, name: str) -> None:
         files={f"{name}/c/memory.max": str(GIB), "memory.max": "max"},
     )
     (root / "proc/self/cgroup").write_bytes(f"0::/{name}/c\n".encode())
-    assert tightest_memory(limits_of(root)) == GIB
-
-
-def test_where_a_nested_namespace_names_both_from_outside_the_way_between_them_counts(tmp_path: Path) -> None:
-    root = machine(
-        tmp_path,
-        mounts=[V2_MOUNT.replace("0:29 / ", "0:29 /../.. ")],
-        groups=["0::/../../x"],
-        files={"memory.max": str(2 * GIB), "x/memory.max": str(GIB)},
-    )
     assert tightest_memory(limits_of(root)) == GIB
 
 

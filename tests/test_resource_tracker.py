@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def full(megabytes):
     whole[::4096] = b"x" * (megabytes << 8)  # every page is touched
     return whole
 BEFORE
-base = tree.measure_tree(os.getpid()).rss_bytes / 2**20
+base = tree.look_at_tree(os.getpid()).rss / 2**20
 with ResourceTracker() as tracker:
     WORK
 print(json.dumps([base, resource_usage_to_dict(tracker.get_usage())]))
@@ -81,6 +82,16 @@ def test_the_peak_is_the_true_one(case: str) -> None:
     # A child has some memory of its own besides what it fills.
     room = 40 if case in ("in a child", "shared by forks") else 12
     assert base + more - 5 <= usage["peak_memory_mb"] <= base + more + room
+
+
+def test_a_file_that_others_have_mapped_too_counts_whole(tmp_path: Path) -> None:
+    library = tmp_path / "library"
+    library.write_bytes(b"x" * (64 << 20))
+    mapped = "import mmap; f = mmap.mmap(os.open({!r}, os.O_RDONLY), 0, prot=mmap.PROT_READ); f[::4096]"
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as ours:
+        assert len(ours[::4096]) == 64 << 8  # every page is read here, too
+        base, usage = run(mapped.format(str(library)), f"subprocess.run([sys.executable, '-c', {CHILD!r}])")
+    assert base + 200 - 5 <= usage["peak_memory_mb"] <= base + 200 + 40
 
 
 def test_the_time_of_children_counts() -> None:
@@ -270,16 +281,53 @@ def test_another_process_can_be_measured_and_a_missing_one_is_said() -> None:
 
 
 def test_what_another_process_used_before_is_not_counted() -> None:
-    program = "b = bytearray(200 << 20); b[::4096] = b'x' * (200 << 8); del b; print(flush=True); input()"
+    program = (
+        "b = bytearray(200 << 20); b[::4096] = b'x' * (200 << 8); del b; print(flush=True); input()\n"
+        "b = bytearray(20 << 20); b[::4096] = b'x' * (20 << 8); print(flush=True); input()"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as child:
-        assert child.stdout is not None
+        assert child.stdout is not None and child.stdin is not None
         child.stdout.readline()
         with ResourceTracker(child) as tracker:
-            capture_resource_snapshot(child)
+            for _ in range(3):  # as its thread does: idle for a while, then with a little more
+                tracker.look()
+            child.stdin.write(b"\n")
+            child.stdin.flush()
+            child.stdout.readline()
         child.communicate(b"\n")
-    assert tracker.get_usage().peak_memory_mb < 100
+    assert tracker.start_bytes + (15 << 20) < tracker.peak_bytes < 100 << 20
+
+
+SPIKE = (
+    "import sys\n"
+    "for word in sys.stdin:\n"
+    "    b = None\n"
+    "    if word == 'more\\n': b = bytearray(100 << 20); b[::4096] = b'x' * (100 << 8)\n"
+    "    print(flush=True)"
+)
+TOGETHER = """    import grd.tracking.tree_walk as walk
+    def ask(child, word):
+        child.stdin.write(word + "\\n"); child.stdin.flush(); child.stdout.readline()
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    children = [subprocess.Popen([sys.executable, "-S", "-c", SPIKE], **pipes) for _ in range(3)]
+    for child in children:
+        ask(child, "more"); AFTER_EACH
+    time.sleep(0.2)
+    for child in children:
+        ask(child, "less")
+    for child in children:
+        child.stdin.close(); child.wait(); child.stdout.close()"""
+
+
+@pytest.mark.parametrize(("together", "more"), [(True, 300), (False, 100)], ids=["together", "in turn"])
+def test_what_children_have_at_the_same_time_counts_together_and_else_not(together: bool, more: int) -> None:
+    after_each = "" if together else "time.sleep(0.05); ask(child, 'less')"
+    work = TOGETHER.replace("SPIKE", repr(SPIKE)).replace("AFTER_EACH", after_each).strip()
+    # Not only when it is time to count shared pages again: that would be luck.
+    base, usage = run("import grd.tracking.resources as tracked; tracked.SHARED_SECONDS = 600", work)
+    assert base + more - 5 <= usage["peak_memory_mb"] <= base + more + 40
 
 
 def test_a_tracker_that_cannot_begin_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,10 +17,10 @@ import grd
 from grd.hardware.monitor import GPUStats
 from grd.interfaces.cli.rendering import resources_text
 from grd.runs import resource_samples
-from grd.tracking import cgroup_use, gpu_use, sampler
+from grd.tracking import cgroup_use, gpu_use, sampler, tree_walk
 from grd.tracking.gpu_use import GpuUse
 from grd.tracking.peaks import AT_LEAST, ONE_PROCESS, TREE, TREE_AND_SPIKE, Accumulator
-from grd.tracking.tree_walk import ProcessUse, TreeLook
+from grd.tracking.tree_walk import ProcessUse, SharedCount, TreeLook
 
 MB = 1_000_000
 
@@ -31,15 +31,27 @@ def resident():
     return int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
 
 def shared_out(*pids):
-    \"\"\"Of one process its RSS; of several their PSS, page by page, or the RSS of this one.\"\"\"
+    \"\"\"Page by page: PSS, but of each file the most that one of them has: others may have it too.\"\"\"
     if len(pids) == 1:
         return resident()
-    total = 0
+    total, files = 0, {}
     for pid in pids:
         for line in open(f'/proc/{pid}/smaps'):
-            if line.startswith('Pss:'):
-                total += int(line.split()[1]) * 1024
-    return max(total, resident())
+            words = line.split()
+            if '-' in words[0]:
+                place = words[0] if len(words) < 6 else words[5]
+                rss = pss = anonymous = 0
+            elif words[0] == 'Rss:':
+                rss = int(words[1]) * 1024
+            elif words[0] == 'Pss:':
+                pss = int(words[1]) * 1024
+            elif words[0] == 'Anonymous:':
+                if place.startswith('/') and int(words[1]) == 0:
+                    of_this = files.setdefault(place, {})
+                    of_this[pid] = of_this.get(pid, 0) + rss
+                else:
+                    total += pss
+    return max(total + sum(max(each.values()) for each in files.values()), resident())
 
 def memory(megabytes):
     block = bytearray(megabytes * 1_000_000)
@@ -143,7 +155,7 @@ def test_the_peak_is_the_true_one(task: str, project: Project) -> None:
     assert done.code == 0, done.err
     found, wanted = used(done.json), truth(project, "last")
     assert is_true(found["peak_memory_bytes"], wanted), (found, wanted)
-    if "fork" not in task:  # whichever is more: pages of libraries are other processes' too
+    if "fork" not in task:  # whichever is more
         # a busy machine may draw out a spike until it is sampled
         of_several = (TREE,) if task == "in a child" else (TREE, TREE_AND_SPIKE)
         assert found["peak_source"] in (of_several if "child" in task else (ONE_PROCESS,))
@@ -313,6 +325,10 @@ def process(
     return ProcessUse(1, rss, max(mark, rss), cpu, waited, 1, read, written, **more)
 
 
+def counted(once: int, unsure: int = 0) -> SharedCount:
+    return SharedCount(once, once, unsure)
+
+
 def test_of_one_process_the_kernels_own_mark_is_the_peak() -> None:
     seen = Accumulator()
     seen.take(look(p1=process(100, 900)))
@@ -321,10 +337,10 @@ def test_of_one_process_the_kernels_own_mark_is_the_peak() -> None:
 
 def test_a_spike_of_one_comes_on_top_of_what_the_others_have() -> None:
     seen = Accumulator()
-    seen.take(look(p1=process(100 * MB), p2=process(50 * MB)), pss=150 * MB)
-    seen.take(look(p1=process(100 * MB, 300 * MB), p2=process(50 * MB)), pss=150 * MB)
+    seen.take(look(p1=process(100 * MB), p2=process(50 * MB)), counted(150 * MB))
+    seen.take(look(p1=process(100 * MB, 300 * MB), p2=process(50 * MB)), counted(150 * MB))
     assert (seen.totals.peak_bytes, seen.totals.peak_source) == (350 * MB, TREE_AND_SPIKE)
-    seen.take(look(p1=process(100 * MB, 300 * MB), p2=process(250 * MB)), pss=350 * MB)
+    seen.take(look(p1=process(100 * MB, 300 * MB), p2=process(250 * MB)), counted(350 * MB))
     assert seen.totals.peak_bytes == 350 * MB, "an old spike is not added again"
 
 
@@ -332,7 +348,7 @@ def test_the_spike_of_a_small_one_is_told_though_the_tree_seems_no_larger() -> N
     seen = Accumulator()
     small = look(p1=process(400 * MB), p2=process(20 * MB))
     assert seen.wants_shared(small)
-    seen.take(small, pss=420 * MB)
+    seen.take(small, counted(420 * MB))
     seen.take(look(p1=process(400 * MB), p2=process(20 * MB, 420 * MB)))
     assert (seen.totals.peak_bytes, seen.totals.peak_source) == (820 * MB, TREE_AND_SPIKE)
 
@@ -340,15 +356,15 @@ def test_the_spike_of_a_small_one_is_told_though_the_tree_seems_no_larger() -> N
 def test_a_mark_that_is_told_a_little_lower_is_no_spike_of_all_that_was_given_back() -> None:
     """As Linux told it of a process that held 500 MB and ended: the same mark, 0.02 % lower."""
     seen = Accumulator()
-    seen.take(look(p1=process(54_296_576), p2=process(509_145_088)), pss=541_787_136)
-    seen.take(look(p1=process(54_296_576), p2=process(9_142_272, 509_038_592)), pss=42_419_200)
-    seen.take(look(p1=process(54_296_576), p2=process(9_142_272, 509_145_088)), pss=42_419_200)
+    seen.take(look(p1=process(54_296_576), p2=process(509_145_088)), counted(541_787_136))
+    seen.take(look(p1=process(54_296_576), p2=process(9_142_272, 509_038_592)), counted(42_419_200))
+    seen.take(look(p1=process(54_296_576), p2=process(9_142_272, 509_145_088)), counted(42_419_200))
     assert (seen.totals.peak_bytes, seen.totals.peak_source) == (541_787_136, TREE)
 
 
 def test_of_several_spikes_the_largest_was_surely_and_that_is_said() -> None:
     seen = Accumulator()
-    seen.take(look(p1=process(100 * MB), p2=process(50 * MB)), pss=150 * MB)
+    seen.take(look(p1=process(100 * MB), p2=process(50 * MB)), counted(150 * MB))
     seen.take(look(p1=process(100 * MB, 300 * MB), p2=process(50 * MB, 150 * MB)))
     assert (seen.totals.peak_bytes, seen.totals.peak_source) == (350 * MB, AT_LEAST)
 
@@ -357,18 +373,18 @@ def test_what_forks_share_is_no_spike_whoever_gives_it_back() -> None:
     seen = Accumulator()
     seen.take(look(p1=process(540 * MB)))
     fork = process(40 * MB, 540 * MB, parent=1, forked=True)
-    seen.take(look(p1=process(540 * MB), p2=fork), pss=540 * MB)
+    seen.take(look(p1=process(540 * MB), p2=fork), counted(540 * MB))
     assert seen.totals.peak_bytes == 540 * MB, "what it gave back its parent has"
     keeps = process(540 * MB, parent=1, forked=True)
-    seen.take(look(p1=process(540 * MB), p2=fork, p3=keeps), pss=540 * MB)
+    seen.take(look(p1=process(540 * MB), p2=fork, p3=keeps), counted(540 * MB))
     drops = process(40 * MB, 550 * MB, parent=1, forked=True)
-    seen.take(look(p1=process(540 * MB), p2=fork, p3=drops), pss=540 * MB)
+    seen.take(look(p1=process(540 * MB), p2=fork, p3=drops), counted(540 * MB))
     assert seen.totals.peak_bytes == 550 * MB, "it had 10 MB more, and then gave back all"
     keeps = process(540 * MB, 550 * MB, parent=1, forked=True)
-    seen.take(look(p1=process(40 * MB, 560 * MB), p3=keeps), pss=540 * MB)
+    seen.take(look(p1=process(40 * MB, 560 * MB), p3=keeps), counted(540 * MB))
     assert seen.totals.peak_bytes == 560 * MB, "the fork still has what its parent gave back"
     orphan = process(40 * MB, 540 * MB, parent=77, forked=True)
-    seen.take(look(p1=process(40 * MB, 560 * MB), p3=keeps, p4=orphan), pss=540 * MB)
+    seen.take(look(p1=process(40 * MB, 560 * MB), p3=keeps, p4=orphan), counted(540 * MB))
     assert seen.totals.peak_bytes == 560 * MB
 
 
@@ -376,12 +392,12 @@ def test_the_spike_of_a_fork_above_what_it_inherited_counts() -> None:
     seen = Accumulator()
     seen.take(look(p1=process(100 * MB)))
     fork = process(100 * MB, 400 * MB, parent=1, forked=True)
-    seen.take(look(p1=process(100 * MB), p2=fork), pss=100 * MB)
+    seen.take(look(p1=process(100 * MB), p2=fork), counted(100 * MB))
     assert seen.totals.peak_bytes == 400 * MB
     worker = process(60 * MB, parent=1, forked=True)
-    seen.take(look(p1=process(100 * MB), p3=worker), pss=120 * MB)
+    seen.take(look(p1=process(100 * MB), p3=worker), counted(120 * MB))
     worker = process(60 * MB, 460 * MB, parent=1, forked=True)
-    seen.take(look(p1=process(100 * MB), p3=worker), pss=120 * MB)
+    seen.take(look(p1=process(100 * MB), p3=worker), counted(120 * MB))
     assert seen.totals.peak_bytes == 520 * MB
 
 
@@ -393,12 +409,89 @@ def test_shared_pages_are_counted_when_they_may_tell_a_new_peak() -> None:
     seen.take(alone)
     forked = look(p1=process(500 * MB), p2=process(400 * MB), p9=process(20 * MB))
     assert seen.wants_shared(forked)
-    seen.take(forked, pss=501 * MB)
+    seen.take(forked, counted(501 * MB))
     assert not seen.wants_shared(forked)
     assert seen.totals.peak_bytes == 501 * MB
     alone = look(p1=process(500 * MB), p3=process(200 * MB), p9=process(20 * MB))
     assert not seen.wants_shared(alone), "it seemed larger when it was counted, and was not"
     assert seen.wants_shared(alone, affordable=True)
+
+
+ROLLUP = """55d0c1a00000-7ffd1a3f2000 ---p 00000000 00:00 0    [rollup]
+Rss: {rss} kB
+Pss: {pss} kB
+Pss_Anon: {anon} kB
+Pss_File: {files} kB
+Pss_Shmem: {shared} kB
+Anonymous: {anonymous} kB
+"""
+
+
+def counted_by_linux(
+    root: Path, monkeypatch: pytest.MonkeyPatch, processes: dict[int, ProcessUse], **kib: dict[str, int]
+) -> SharedCount:
+    """What is made of these figures in KiB, as the system tells them (proc(5))."""
+    for name, told in kib.items():
+        folder = root / name.removeprefix("p")
+        folder.mkdir()
+        pss = told["anon"] + told["files"] + told["shared"]
+        (folder / "smaps_rollup").write_text(ROLLUP.format(pss=pss, **{"anonymous": told["anon"], **told}))
+        (folder / "status").write_text(
+            f"RssFile: {told['rss_files']} kB\nRssShmem: {told['rss_shared']} kB\n"
+        )
+    monkeypatch.setattr(tree_walk, "PROC", str(root))
+    found = tree_walk.count_shared(processes)
+    assert found is not None
+    return found
+
+
+def test_libraries_that_others_have_too_count_whole_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PSS has a third of them for each: a process outside the tree has them, too."""
+    kernel = {"rss": 360, "anon": 60, "files": 100, "shared": 0, "rss_files": 300, "rss_shared": 0}
+    child = {"rss": 140, "anon": 90, "files": 17, "shared": 0, "rss_files": 50, "rss_shared": 0}
+    found = counted_by_linux(tmp_path, monkeypatch, {1: process(0), 2: process(0)}, p1=kernel, p2=child)
+    assert found == SharedCount(pss=267 * 1024, once=(60 + 90 + 300) * 1024)
+
+
+def test_what_comes_to_be_shared_while_it_is_counted_is_no_peak_but_may_be_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """300 of shared memory, which the first had alone when it was counted; the second then had 200 of it."""
+    first = {"rss": 350, "anon": 40, "files": 10, "shared": 300, "rss_files": 10, "rss_shared": 300}
+    second = {"rss": 230, "anon": 20, "files": 0, "shared": 100, "rss_files": 10, "rss_shared": 110}
+    found = counted_by_linux(tmp_path, monkeypatch, {1: process(0), 2: process(0)}, p1=first, p2=second)
+    assert (found.once, found.unsure) == ((60 + 320) * 1024, 90 * 1024)
+    seen = Accumulator()
+    tree = look(p1=process(350 * MB), p2=process(230 * MB))
+    seen.take(tree, counted(380 * MB, unsure=90 * MB))
+    assert seen.totals.peak_bytes == 380 * MB
+    assert seen.wants_shared(tree), "it may have had more: that is to be counted again"
+
+
+def test_a_child_that_has_its_parents_memory_until_its_exec_counts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = {"rss": 500, "anon": 460, "files": 40, "shared": 0, "rss_files": 40, "rss_shared": 0}
+    tree = {1: process(0), 2: process(0, parent=1, forked=True)}
+    found = counted_by_linux(tmp_path, monkeypatch, tree, p1=parent, p2=parent)
+    assert found.once == 500 * 1024
+
+
+def test_of_one_that_ends_its_libraries_are_not_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = {"rss": 360 << 10, "anon": 60 << 10, "files": 300 << 10, "shared": 0, "rss_files": 300 << 10}
+    tree = {1: process(360 << 20), 2: process(700 << 20, shareable=280 << 20)}
+    gone_meanwhile = counted_by_linux(tmp_path, monkeypatch, tree, p1={**kernel, "rss_shared": 0})
+    seen = Accumulator()
+    seen.take(TreeLook(tree), gone_meanwhile)
+    assert seen.totals.peak_bytes == (360 + 700 - 280) << 20
+    seen = Accumulator()
+    seen.take(look(p1=process(360 << 20), p2=process(300 << 20, shareable=280 << 20)), counted(380 << 20))
+    seen.take(look(p1=process(360 << 20), p2=process(10 << 20, 700 << 20, shareable=5 << 20)))
+    assert seen.totals.peak_bytes <= (360 + 700 - 280) << 20
 
 
 def test_processor_time_never_falls_and_goes_on_in_the_next_tree() -> None:

@@ -221,7 +221,7 @@ def _devices(monitor: GPUMonitor, wanted: Wanted, settings: Settings) -> list[De
         devices = [device for device in devices if not device.is_instance]  # CUDA uses one instance a process
     if len(devices) < (wanted.count or 1):
         of_pool = f"the pool {wanted.pool!r}" if _pool(wanted.pool, settings) else "this machine"
-        instances = any(row.mig_profile is not None for row in pooled)
+        instances = any(row.instance for row in pooled)
         besides = " (instances of a split card are given one at a time)" if instances else ""
         raise ResourceUnavailable(
             f"--gpus {wanted.count or 1}: {of_pool} has {len(devices)} to give{besides}; see: grd gpus"
@@ -232,7 +232,7 @@ def _devices(monitor: GPUMonitor, wanted: Wanted, settings: Settings) -> list[De
 def _device(row: GPUStats, settings: Settings) -> Device:
     uuid = str(row.uuid)
     held = sum(_is_held(_file(uuid, slot)) for slot in range(settings.gpu_slots))
-    return Device(uuid, row.gpu_id, row.mig_profile is not None, row.memory_used_mb, held)
+    return Device(uuid, row.gpu_id, row.instance, row.memory_used_mb, held)
 
 
 def _pool(name: str, settings: Settings) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import os
 import random
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,7 +22,7 @@ from grd.hardware.amd import open_amd
 from grd.hardware.amd_libraries import AmdLibrary
 from grd.hardware.facts import Facts, describe
 from grd.hardware.nvml_details import is_instance, profile_name, text
-from grd.hardware.visible import VARIABLE, visible_amd_devices, visible_devices
+from grd.hardware.visible import VARIABLE, resolved, visible_amd_devices, visible_devices
 
 MOCK_VARIABLE = "GRD_GPU_MOCK"
 SEED_VARIABLE = "GRD_GPU_MOCK_SEED"
@@ -224,14 +224,21 @@ class GPUMonitor:
         cards: dict[int, str | None] = {}
         for index, facts in rows:
             cards.setdefault(index, facts.values["uuid"])
-        chosen = visible_devices(self._environment.get(VARIABLE), list(cards.values()))
+        named = visible_devices(self._environment.get(VARIABLE), list(cards.values()))
+        chosen = resolved(named, self._uuid_of)
         stats = []
         for index, facts in rows:
             values = dict(facts.values)
-            own = values["uuid"] if values["mig_profile"] else index
-            hidden = own not in chosen and not (values["mig_profile"] and index in chosen)
-            stats.append(GPUStats(gpu_id=index, visible=not hidden, reasons=dict(facts.reasons), **values))
+            row = GPUStats(gpu_id=index, reasons=dict(facts.reasons), **values)
+            visible = index in chosen or (row.instance and row.uuid in chosen)
+            stats.append(replace(row, visible=visible))
         return stats
+
+    def _uuid_of(self, name: str) -> str | None:
+        try:
+            return text(self._nvml.nvmlDeviceGetUUID(self._nvml.nvmlDeviceGetHandleByUUID(name)))
+        except Exception:
+            return None  # it names nothing, or nothing of ours to see
 
     def _invent(self, index: int) -> GPUStats:
         light = index == MOCK_COUNT - 1
@@ -264,8 +271,8 @@ class GPUMonitor:
                 f"these GPUs are invented ({MOCK_VARIABLE} or --mock): nothing can run on them; unset it"
             )
         stats = [row for row in self.get_gpu_stats() if row.visible and row.uuid is not None]
-        split = {row.gpu_id for row in stats if row.mig_profile is not None}
-        return [str(row.uuid) for row in stats if row.mig_profile is not None or row.gpu_id not in split]
+        split = {row.gpu_id for row in stats if row.instance}
+        return [str(row.uuid) for row in stats if row.instance or row.gpu_id not in split]
 
     def shutdown(self) -> None:
         """Let go of the driver; once more does no harm."""

@@ -105,7 +105,7 @@ def _select(nvml: Any, environment: Mapping[str, str], driver: Facts) -> GpuFind
             "set CUDA_DEVICE_ORDER=PCI_BUS_ID"
         )
     for facts in chosen:
-        if facts.values["mig_enabled"] and facts.values["mig_profile"] is None:
+        if facts.values["mig_enabled"] and not (facts.values["uuid"] or "").startswith("MIG-"):
             notes.append(
                 f"{facts.values['name']} ({facts.values['uuid']}) is split by MIG: a CUDA program sees "
                 f"one of its instances; name one in {VARIABLE}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 ROCR, HIP = "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"
@@ -38,6 +38,21 @@ def visible_devices(setting: str | None, uuids: Sequence[str | None]) -> list[in
             return []
         chosen.append(device)
     return chosen
+
+
+def resolved(chosen: Sequence[int | str], uuid_of: Callable[[str], str | None]) -> list[int | str]:
+    """`visible_devices` with each MIG instance by its UUID, up to the first that names none.
+
+    ``uuid_of``: the driver's answer, which knows the spelling "MIG-<UUID of the card>/<GPU instance>/<compute
+    instance>" too, as the programming guide has it. An abbreviated name is documented of whole GPUs alone.
+    """
+    found: list[int | str] = []
+    for entry in chosen:
+        device = uuid_of(entry) if isinstance(entry, str) else entry
+        if device is None:
+            break
+        found.append(device)
+    return found
 
 
 def enumerated_by_cuda(chosen: Sequence[int | str]) -> list[int | str]:

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 
 from grd.tracking.processor_time import ProcessorTime
 from grd.tracking.spikes import Spikes
-from grd.tracking.tree_walk import ProcessUse, TreeLook
+from grd.tracking.tree_walk import ProcessUse, SharedCount, TreeLook
 
 ONE_PROCESS = "highest RSS of one process (VmHWM)"
-TREE = "PSS of all processes, as sampled"
-TREE_AND_SPIKE = "PSS of all processes, and what one of them had besides between two samples (VmHWM)"
+TREE = "all processes, shared pages once, as sampled"
+TREE_AND_SPIKE = (
+    "all processes, shared pages once, and what one of them had besides between two samples (VmHWM)"
+)
 AT_LEAST = (
-    "at least: PSS of all processes, and the most that one of them had besides between two samples (VmHWM); "
-    "others had more too, maybe not at the same time"
+    "at least: all processes, shared pages once, and the most that one of them had besides between two "
+    "samples (VmHWM); others had more too, maybe not at the same time"
 )
 
 GROWTH = 1.01
@@ -29,8 +31,8 @@ def _and_more(size: int) -> float:
 class Totals:
     """Of all looks so far. Bytes and seconds; ``peak_source`` says how the peak is known.
 
-    ``pss_bytes`` is of the last look at which shared pages were counted once; None if that was never
-    possible or needed.
+    ``pss_bytes`` is of the last look at which shared pages were counted; None if that was never possible or
+    needed.
     """
 
     peak_bytes: int = 0
@@ -54,8 +56,8 @@ class Accumulator:
 
     def __init__(self) -> None:
         self.totals = Totals()
-        # PSS of the tree when it was last counted, and the RSS of each process then
-        self._counted: tuple[int, dict[tuple[int, int], int]] | None = None
+        # What the tree had when it was last counted, and the RSS of each process then
+        self._counted: tuple[SharedCount, dict[tuple[int, int], int]] | None = None
         self.begin_tree(frozenset())
 
     def begin_tree(self, keepers: frozenset[int]) -> None:
@@ -87,29 +89,30 @@ class Accumulator:
             self._counted_at
         )
 
-    def take(self, look: TreeLook, pss: int | None = None) -> None:
-        """Take a look into account; ``pss``: that of the tree without its keepers, where it was counted."""
+    def take(self, look: TreeLook, shared: SharedCount | None = None) -> None:
+        """Take a look into account; ``shared``: of the tree without its keepers, where it was counted."""
         own = self.own(look)
         totals = self.totals
         totals.processes = len(own)
         totals.most_processes = max(totals.most_processes, len(own))
         totals.threads = sum(process.threads for process in own.values())
         totals.rss_bytes = sum(process.rss for process in own.values())
-        self._take_memory(own, pss)
+        self._take_memory(own, shared)
         self._time.take(look)
         totals.cpu_seconds = self._before.cpu_seconds + self._time.seconds
         self._take_io(look)
 
-    def _take_memory(self, own: dict[int, ProcessUse], pss: int | None) -> None:
+    def _take_memory(self, own: dict[int, ProcessUse], shared: SharedCount | None) -> None:
         self._raise_peak(max((process.mark for process in own.values()), default=0), ONE_PROCESS)
         spikes = sorted(self._spikes.of(own))
         self._spikes.remember(own)
         spike, others = (spikes[-1], sum(spikes[:-1])) if spikes else (0, 0)
-        if pss is not None:
-            self.totals.pss_bytes = pss
-            self._counted = pss, {(pid, process.started): process.rss for pid, process in own.items()}
-            self._counted_at = max(self._counted_at, self.totals.rss_bytes + spike)
-            self._raise_peak(pss, TREE)
+        if shared is not None:
+            self.totals.pss_bytes = shared.pss
+            self._counted = shared, {(pid, process.started): process.rss for pid, process in own.items()}
+            if shared.unsure <= GROWTH_BYTES:
+                self._counted_at = max(self._counted_at, self.totals.rss_bytes + spike)
+            self._raise_peak(shared.once, TREE)
         if len(own) > 1 and spike > 0:
             least = self._bounds(own)[0]  # what one of them had between two looks, and the others have now
             source = TREE if least + spike <= _and_more(least) else TREE_AND_SPIKE
@@ -117,16 +120,16 @@ class Accumulator:
             self._raise_peak(least + spike, source if surely else AT_LEAST)
 
     def _bounds(self, own: dict[int, ProcessUse]) -> tuple[int, int]:
-        """Between what the PSS of the tree lies now, by how each RSS has changed since it was counted."""
+        """Between what the memory of the tree lies now, by how each RSS has changed since it was counted."""
         rss = {(pid, process.started): process.rss for pid, process in own.items()}
         largest, together = max(rss.values(), default=0), sum(rss.values())
         if self._counted is None:
             return largest, together
-        pss, counted = self._counted
+        last, counted = self._counted
         shrunk = sum(max(0, size - rss.get(key, 0)) for key, size in counted.items())
         grown = sum(max(0, size - counted.get(key, 0)) for key, size in rss.items())
-        low = max(largest, pss - shrunk)
-        return low, max(low, min(together, pss + grown))
+        low = max(largest, last.once - shrunk)
+        return low, max(low, min(together, last.once + last.unsure + grown))
 
     def _raise_peak(self, peak: int, source: str) -> None:
         if peak > self.totals.peak_bytes:

@@ -1,7 +1,9 @@
 """What a piece of work used: CPU and wall time, the true peak of its memory, GPU memory by process.
 
-Memory is in MiB. The peak is that of the process with all its children: pages they share count once, and a
-spike of the process itself between two samples is known from the kernel's own high-water mark.
+Memory is in MiB. The peak is that of the process with all its children: pages they share count once, and
+what one of them had between two looks, 20 ms apart, is known from the kernel's own high-water marks. Of
+several that had more between the same two looks one is counted with it: nobody knows whether it was at the
+same time.
 """
 
 from __future__ import annotations
@@ -9,23 +11,22 @@ from __future__ import annotations
 import os
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Container
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
 from grd.hardware.monitor import get_gpu_monitor
-from grd.tracking.process_tree import (
-    TreeUse,
-    high_water_bytes,
-    measure_tree,
-    reset_high_water,
-    shared_out_bytes,
-    started_at,
-)
+from grd.tracking.peaks import Accumulator
+from grd.tracking.process_tree import look_at_tree, reset_high_water
+from grd.tracking.shared_pages import SharedPages
+from grd.tracking.spikes import MarksFromNowOn
+from grd.tracking.tree_walk import TreeLook
 
 MEBIBYTE = 1024**2
 SAMPLE_SECONDS = 0.02
 SHARED_SECONDS = 0.2
+SHARED_REST = 3.0
 GPU_SECONDS = 0.5
 
 
@@ -52,7 +53,7 @@ class ResourceUsage:
     gpu_available: bool
 
 
-def _gpu_memory(pids: tuple[int, ...], gpu_index: int | None) -> tuple[float | None, bool]:
+def _gpu_memory(pids: Container[int], gpu_index: int | None) -> tuple[float | None, bool]:
     monitor = get_gpu_monitor(mock_mode=False)
     # A card lists the processes of its MIG instances too: what is told by both counts once.
     cards: dict[int, int] = {}
@@ -75,21 +76,15 @@ def _pid_of(process: Any) -> int:
     return int(getattr(process, "pid", process))
 
 
-def _known_bytes(use: TreeUse, *, shared: bool) -> int:
-    """What a tree has at least: its largest process, or with ``shared`` all of it, shared pages once."""
-    largest = max(use.sizes.values())
-    return max(largest, shared_out_bytes(use.pids) or 0) if shared and len(use.pids) > 1 else largest
-
-
-def _snapshot(use: TreeUse, gpu_index: int | None) -> ResourceSnapshot:
-    vram, available = _gpu_memory(use.pids, gpu_index)
+def _snapshot(look: TreeLook, gpu: tuple[float | None, bool]) -> ResourceSnapshot:
+    everyone = (look.processes | look.ended).values()
     return ResourceSnapshot(
         wall_clock=time.monotonic(),
-        cpu_time_seconds=use.cpu_seconds,
-        rss_bytes=use.rss_bytes,
-        vms_bytes=use.vms_bytes,
-        gpu_vram_mb=vram,
-        gpu_available=available,
+        cpu_time_seconds=sum(process.cpu_seconds + process.waited_seconds for process in everyone),
+        rss_bytes=look.rss,
+        vms_bytes=sum(process.vms for process in look.processes.values()),
+        gpu_vram_mb=gpu[0],
+        gpu_available=gpu[1],
     )
 
 
@@ -98,7 +93,8 @@ def capture_resource_snapshot(process: Any = None, gpu_index: int | None = 0) ->
 
     ``gpu_index`` None adds up all GPUs. Raises ProcessLookupError if there is no such process.
     """
-    return _snapshot(measure_tree(_pid_of(process)), gpu_index)
+    look = look_at_tree(_pid_of(process))
+    return _snapshot(look, _gpu_memory(look.processes, gpu_index))
 
 
 def calculate_resource_usage(
@@ -130,14 +126,6 @@ _active: list[ResourceTracker] = []
 _marking = threading.Lock()
 
 
-def _note_marks() -> None:
-    """Each tracker of this process takes note of the mark before somebody starts it anew."""
-    mark = high_water_bytes(os.getpid())
-    for tracker in _active:
-        if mark is not None and tracker.pid == os.getpid():
-            tracker.note_mark(mark)
-
-
 class ResourceTracker:
     """Measures what happens inside ``with`` or ``async with``; `get_usage` tells it afterwards.
 
@@ -148,13 +136,9 @@ class ResourceTracker:
     def __init__(self, process: Any = None, gpu_index: int | None = 0) -> None:
         self.pid = _pid_of(process)
         self.start_bytes = self.peak_bytes = 0
-        self._started: float | None = None
-        self._marks_before: dict[int, int] = {}
         self._gpu_index = gpu_index
-        self._gpu_peak: float | None = None
         self._usage: ResourceUsage | None = None
-        self._start: ResourceSnapshot | None = None
-        self._last: ResourceSnapshot | None = None
+        self._lock = threading.Lock()
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -162,36 +146,41 @@ class ResourceTracker:
         """Raises ProcessLookupError if the process has ended, also if its parent has not waited for it."""
         with _marking:
             if self.pid == os.getpid():
-                _note_marks()
+                for tracker in _active:
+                    if tracker.pid == self.pid:
+                        tracker.look()  # at the mark, before it is started anew
                 reset_high_water()
+            self._begin()
             _active.append(self)
         try:
-            self._begin()
+            self._thread = threading.Thread(target=self._watch, name="grd-resources", daemon=True)
+            self._thread.start()
         except BaseException:
             self._leave()
             raise
         return self
 
     def _begin(self) -> None:
-        self._usage, self._done = None, threading.Event()
-        self._started = started_at(self.pid)
-        use = measure_tree(self.pid)
-        if use.sizes[self.pid] == 0:
+        self._usage, self._thread, self._done = None, None, threading.Event()
+        look = look_at_tree(self.pid)
+        if self.pid not in look.processes:
             raise ProcessLookupError(
                 f"process {self.pid} has ended and its parent has not waited for it: what memory it had is "
                 "not known any more"
             )
-        # A mark that was reached before this began is none of its own; only one that rises is.
-        self._marks_before = dict(use.marks)
-        self._start = self._last = _snapshot(use, self._gpu_index)
-        self.start_bytes = self.peak_bytes = _known_bytes(use, shared=True)
-        self._gpu_peak = self._start.gpu_vram_mb
-        self._thread = threading.Thread(target=self._watch, name="grd-resources", daemon=True)
-        self._thread.start()
+        self._accumulator = Accumulator()
+        self._shared = SharedPages(SHARED_SECONDS, rest=SHARED_REST)
+        self._marks = MarksFromNowOn(look)
+        self._first = self._last = look
+        self._gpu = _gpu_memory(look.processes, self._gpu_index)
+        self._gpu_peak = self._gpu[0]
+        self._next_gpu = time.monotonic() + GPU_SECONDS
+        self._start = self._end = _snapshot(look, self._gpu)
+        self._shared.take(self._accumulator, self._marks.of(look), time.monotonic())
+        self.start_bytes = self.peak_bytes = self._accumulator.totals.peak_bytes
 
     def _leave(self) -> None:
         with _marking:
-            _note_marks()
             if self in _active:
                 _active.remove(self)
 
@@ -201,11 +190,14 @@ class ResourceTracker:
         self._done.set()
         if self._thread is not None:
             self._thread.join()
-        self._sample(shared=True, gpu=True)
+        self.look(gpu=True)
         self._leave()
-        if self._start is not None and self._last is not None:
-            usage = calculate_resource_usage(self._start, self._last, self.peak_bytes)
-            self._usage = ResourceUsage(**{**vars(usage), "gpu_vram_used_mb": self._gpu_peak})
+        usage = calculate_resource_usage(self._start, self._end, self.peak_bytes)
+        self._usage = replace(
+            usage,
+            cpu_time_seconds=max(0.0, self._accumulator.totals.cpu_seconds - self._start.cpu_time_seconds),
+            gpu_vram_used_mb=self._gpu_peak,
+        )
 
     async def __aenter__(self) -> Self:
         return self.__enter__()
@@ -221,40 +213,30 @@ class ResourceTracker:
             raise RuntimeError("the resource tracker has not ended yet: ask after its `with`")
         return self._usage
 
-    def note_mark(self, mark: int) -> None:
-        """Take the high-water mark of this process for the peak, if it rose since the start."""
-        if mark > self._marks_before.get(self.pid, 0):
-            self.peak_bytes = max(self.peak_bytes, mark)
-
     def _watch(self) -> None:
-        shared_at = gpu_at = time.monotonic()
         while not self._done.wait(SAMPLE_SECONDS):
-            now = time.monotonic()
-            shared, gpu = now - shared_at >= SHARED_SECONDS, now - gpu_at >= GPU_SECONDS
-            shared_at, gpu_at = (now if shared else shared_at), (now if gpu else gpu_at)
-            self._sample(shared=shared, gpu=gpu)
+            self.look()
 
-    def _sample(self, *, shared: bool, gpu: bool) -> None:
-        try:
-            use = measure_tree(self.pid)
-        except (OSError, ValueError):
-            return  # it has ended: what was seen last stands
-        if started_at(self.pid) != self._started:
-            return  # its pid is another process's now
-        risen = [mark for pid, mark in use.marks.items() if mark > self._marks_before.get(pid, 0)]
-        self.peak_bytes = max([self.peak_bytes, _known_bytes(use, shared=shared), *risen])
-        last = self._last
-        if gpu or last is None:
-            vram, available = _gpu_memory(use.pids, self._gpu_index)
-            if vram is not None:
-                self._gpu_peak = max(self._gpu_peak or 0.0, vram)
-        else:
-            vram, available = last.gpu_vram_mb, last.gpu_available
-        self._last = ResourceSnapshot(
-            wall_clock=time.monotonic(),
-            cpu_time_seconds=max(use.cpu_seconds, last.cpu_time_seconds if last else 0.0),
-            rss_bytes=use.rss_bytes,
-            vms_bytes=use.vms_bytes,
-            gpu_vram_mb=vram,
-            gpu_available=available,
-        )
+    def look(self, *, gpu: bool = False) -> None:
+        """Take into account what the tree has now; ``gpu``: what it has of GPUs too, else that seldom."""
+        with self._lock:
+            now = time.monotonic()
+            try:
+                look = look_at_tree(self.pid, self._last)
+            except (OSError, ValueError):
+                return  # it has ended: what was seen last stands
+            if _started(look, self.pid) != _started(self._first, self.pid):
+                return  # its pid is another process's now
+            self._last = look
+            self._shared.take(self._accumulator, self._marks.of(look), now)
+            self.peak_bytes = self._accumulator.totals.peak_bytes
+            if gpu or now >= self._next_gpu:
+                self._next_gpu = now + GPU_SECONDS
+                self._gpu = _gpu_memory(look.processes, self._gpu_index)
+                if self._gpu[0] is not None:
+                    self._gpu_peak = max(self._gpu_peak or 0.0, self._gpu[0])
+            self._end = _snapshot(look, self._gpu)
+
+
+def _started(look: TreeLook, pid: int) -> int:
+    return (look.processes | look.ended)[pid].started

@@ -16,18 +16,14 @@ from grd.tracking import cgroup_use, tree_walk
 from grd.tracking.gpu_use import GpuUse
 from grd.tracking.host_use import HostUse
 from grd.tracking.peaks import Accumulator
-from grd.tracking.tree_walk import TreeLook, count_shared, look_at_tree
+from grd.tracking.shared_pages import SharedPages
+from grd.tracking.tree_walk import TreeLook, look_at_tree
 
 SAMPLE_SECONDS = 0.25
 THOROUGH_EVERY = 4
 """Each so many looks: children of all threads, bytes read and written."""
 
 SHARED_SECONDS = 5.0
-SHARED_SHARE = 0.001
-"""Counting shared pages may take this share of the time, besides when a peak may be missed."""
-
-IN_VAIN_SHARE = 0.005
-"""And this where the last count, of a tree that seemed as large, has shown no higher peak."""
 
 GPU_SECONDS = 2.0
 LINE_SECONDS = 1.0
@@ -49,6 +45,7 @@ class ResourceSampler:
         self._path = path
         self._on_warning = on_warning
         self._accumulator = Accumulator()
+        self._shared_pages = SharedPages(SHARED_SECONDS)
         self._gpus = GpuUse()
         self._host = HostUse()
         self._gpu_rows: list[dict[str, Any]] = []
@@ -63,7 +60,7 @@ class ResourceSampler:
         self._written = self._looks = 0
         self._failed = False
         self._line_seconds = LINE_SECONDS
-        self._next_line = self._next_gpu = self._next_shared = self._next_in_vain = 0.0
+        self._next_line = self._next_gpu = 0.0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._go_on, name="grd-resources", daemon=True)
 
@@ -125,31 +122,15 @@ class ResourceSampler:
             return
         self._looks += 1
         thorough = last or self._looks % THOROUGH_EVERY == 1
-        look = self._last_look = look_at_tree(self._root, self._last_look, thorough=thorough)
+        look = self._last_look = look_at_tree(self._root, self._last_look, every_thread=thorough, io=thorough)
         if not look.processes:
             return
-        peak = self._accumulator.totals.peak_bytes
-        self._accumulator.take(look, self._shared(look, now))
-        if self._accumulator.totals.peak_bytes > peak:
-            self._next_in_vain = now
+        self._shared_pages.take(self._accumulator, look, now)
         if now >= self._next_gpu:
             self._next_gpu = now + GPU_SECONDS
             self._look_at_gpus(now, set(look.processes))
         if now >= self._next_line or last:
             self._write(now)
-
-    def _shared(self, look: TreeLook, now: float) -> int | None:
-        own = self._accumulator.own(look)
-        affordable = now >= self._next_in_vain
-        wanted = now >= self._next_shared or self._accumulator.wants_shared(look, affordable=affordable)
-        if len(own) < 2 or not wanted:
-            return None
-        before = time.thread_time()
-        counted = count_shared(own)
-        took = time.thread_time() - before
-        self._next_shared = now + max(SHARED_SECONDS, took / SHARED_SHARE)
-        self._next_in_vain = now + took / IN_VAIN_SHARE
-        return counted
 
     def _look_at_gpus(self, now: float, pids: set[int]) -> None:
         monitor = get_gpu_monitor(mock_mode=False)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
-from grd.tracking.tree_walk import ProcessUse
+from grd.tracking.tree_walk import ProcessUse, TreeLook
 
 NOISE = 0.01
 NOISE_BYTES = 1024**2
@@ -26,6 +27,7 @@ class Spikes:
     def __init__(self) -> None:
         self._marks: dict[Key, int] = {}
         self._sizes: dict[Key, int] = {}
+        self._shareable: dict[Key, int] = {}
         self._inherited: dict[Key, int] = {}
 
     def of(self, processes: Mapping[int, ProcessUse]) -> list[int]:
@@ -47,12 +49,15 @@ class Spikes:
             for pid, process in processes.items()
         }
         self._sizes = {(pid, process.started): process.rss for pid, process in processes.items()}
+        self._shareable = {(pid, process.started): process.shareable for pid, process in processes.items()}
 
     def _spike(self, pid: int, process: ProcessUse, processes: Mapping[int, ProcessUse]) -> int:
         key = pid, process.started
         if not self._is_new(pid, process):
             return 0
-        floor = max(process.rss, self._inheritance(pid, process, processes))
+        # Its libraries, which it gives back when it ends, are counted with the others that have them, too.
+        had = max(self._shareable.get(key, 0), process.shareable + process.given_back)
+        floor = max(process.rss + had - process.shareable, self._inheritance(pid, process, processes))
         if any(other.forked and other.parent == pid for other in processes.values()):
             floor = max(floor, self._sizes.get(key, 0))
         return process.mark - floor
@@ -78,4 +83,27 @@ class Spikes:
     def _is_new(self, pid: int, process: ProcessUse) -> bool:
         """Whether its mark is another than at the last look; a lower one was started anew (proc(5))."""
         last = self._marks.get((pid, process.started))
-        return last is None or abs(process.mark - last) > max(NOISE_BYTES, NOISE * last)
+        return last is None or abs(process.mark - last) > _noise(last)
+
+
+class MarksFromNowOn:
+    """Leaves out of account what a process had before the look ``first``, which its mark tells of too."""
+
+    def __init__(self, first: TreeLook) -> None:
+        self._old = {(pid, process.started): process.mark for pid, process in first.processes.items()}
+
+    def of(self, look: TreeLook) -> TreeLook:
+        """The look with a mark that has not risen since then as what the process has now."""
+        return TreeLook({pid: self._use(pid, process) for pid, process in look.processes.items()}, look.ended)
+
+    def _use(self, pid: int, process: ProcessUse) -> ProcessUse:
+        old = self._old.get((pid, process.started))
+        if old is None or process.mark > old + _noise(old):
+            return replace(process)
+        if process.mark < old - _noise(old):  # it was started anew (proc(5)): from here on it counts
+            self._old[pid, process.started] = process.mark
+        return replace(process, mark=process.rss)
+
+
+def _noise(mark: int) -> float:
+    return max(NOISE_BYTES, NOISE * mark)
