@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ KEY_PREFIX = "batch:"
 _BLOCK_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedRun:
     """One run of a batch. Times are seconds."""
 
@@ -49,7 +50,14 @@ class PlannedRun:
     def from_dict(cls, value: Mapping[str, Any]) -> PlannedRun:
         """What `to_dict` gave; what a newer grd has added is left out. Raises TypeError."""
         known = cls.__dataclass_fields__
-        return cls(**{name: item for name, item in value.items() if name in known})
+        # A batch has thousands of them: what they have in common is kept once.
+        return cls(**{name: _shared(item) for name, item in value.items() if name in known})
+
+
+def _shared(value: Any) -> Any:
+    if isinstance(value, str):
+        return sys.intern(value)
+    return {sys.intern(name): item for name, item in value.items()} if isinstance(value, dict) else value
 
 
 @dataclass(frozen=True, kw_only=True)
