@@ -19,6 +19,7 @@ from test_agreement import at_terminal, log, strict  # noqa: F401
 from test_magics import Kernel, kernel, loaded  # noqa: F401
 
 import grd
+from grd.batch.inputs import sha256_of_input
 from grd.batch.jobs import decide
 from grd.batch.sharing import THREAD_VARIABLES, has_room, share, thread_environment
 from grd.batch.values import split_values
@@ -99,6 +100,7 @@ WRONG: list[tuple[dict[str, Any], type[GrdError], str]] = [
     ({"notebook": "score.ipynb", "name": "\ud800"}, UsageError, "spec: name: .*no Unicode text"),
     ({"notebook": "score\0.ipynb"}, NotFoundError, "no name of a file"),
     ({"notebook": "score.ipynb", "inputs": ["a\0b"]}, UsageError, "input .* cannot be read"),
+    ({"notebook": "score.ipynb", "inputs": [""]}, UsageError, "spec: inputs is a list of files"),
     ({"notebook": "score.ipynb", "file": "a\0.csv"}, UsageError, "cannot be read"),
     ({"notebook": "score.ipynb", "grid": {"seed": f"1..{10**17}"}}, UsageError, "100,000,000,000,000,000 n"),
     ({"notebook": "score.ipynb", "grid": {"seed": f"1..{'9' * 5000}"}}, UsageError, "over 18 digits"),
@@ -293,6 +295,36 @@ def test_a_declared_input_makes_another_run_when_it_changes(here: Project) -> No
     assert plan_of(spec).runs[0].key == before != plan_of({"notebook": "score.ipynb"}).runs[0].key
     (here.path / "data" / "a.csv").write_text("2")
     assert plan_of(spec).runs[0].key != before
+
+
+def test_an_input_is_also_what_lies_behind_links(tmp_path: Path) -> None:
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    (elsewhere / "more").mkdir(parents=True)
+    data.mkdir()
+    (data / "linked").symlink_to(elsewhere)
+    (data / "to-nothing").symlink_to("../nothing")
+    (elsewhere / "more" / "back").symlink_to(data)  # and so on for ever
+    seen = [sha256_of_input(data)]
+    for change in (
+        lambda: (elsewhere / "more" / "y.csv").write_text("1"),
+        lambda: (elsewhere / "more" / "y.csv").write_text("2"),
+        lambda: (elsewhere / "more" / "y.csv").rename(elsewhere / "y.csv"),
+        lambda: (tmp_path / "nothing").write_text("3"),
+        lambda: (data / "empty").symlink_to(elsewhere / "more"),
+    ):
+        change()
+        seen.append(sha256_of_input(data))
+        assert sha256_of_input(data) == seen[-1]
+    assert len(set(seen)) == 6
+
+
+def test_an_input_that_would_never_end_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(UsageError, match=r"input .*/pipe is neither a file nor a folder"):
+            sha256_of_input(path)
+    with pytest.raises(UsageError, match="input /dev/zero is neither"):
+        sha256_of_input(Path("/dev/zero"))
 
 
 def test_long_runs_that_nobody_agreed_to_are_refused_before_anything_exists(here: Project) -> None:

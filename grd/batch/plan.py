@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from grd.batch.inputs import sha256_of_input
 from grd.batch.spec import Row, Spec
-from grd.errors import GrdError, NotFoundError, UsageError
+from grd.errors import GrdError, UsageError
 from grd.estimation.before import code_sha256
 from grd.execution.notebooks import Source, read_notebook
 from grd.steps.request import Request, open_request, read_seconds, read_size
 
 KEY_PREFIX = "batch:"
-_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,39 +223,6 @@ def key_of(code: str, request: Request, inputs: Mapping[str, str]) -> str:
         "inputs": dict(inputs),
     }
     return KEY_PREFIX + hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-
-
-def sha256_of_input(path: Path) -> str:
-    """Of a file, or of names and bytes of all files below a folder. Raises NotFoundError, UsageError."""
-    digest = hashlib.sha256()
-    try:
-        if not path.is_dir():
-            _add_file(path, digest)
-            return digest.hexdigest()
-        for folder, below, names in os.walk(path, onerror=_raise):
-            below.sort()
-            for name in sorted(names):
-                file = Path(folder) / name
-                digest.update(f"{file.relative_to(path)}\0".encode("utf-8", "surrogateescape"))
-                of_file = hashlib.sha256()
-                _add_file(file, of_file)
-                digest.update(of_file.digest())
-    except FileNotFoundError:
-        raise NotFoundError(f"no input {path}") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"input {path} cannot be read: {reason}") from None
-    return digest.hexdigest()
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _add_file(path: Path, digest: Any) -> None:
-    with open(path, "rb") as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            digest.update(block)
 
 
 def _absolute(path: str | Path) -> str:
