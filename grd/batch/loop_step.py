@@ -57,7 +57,8 @@ class Stopping:
     def end_if_asked(self) -> None:
         """Raises Ends."""
         if self.asked:
-            raise Ends(STOPPED, f"stopped ({self.reason}); the same command goes on with this cycle")
+            because = "" if self.reason == contract.STOPPED else f" ({self.reason})"
+            raise Ends(STOPPED, f"stopped{because}; the same command goes on with this cycle")
 
     @contextlib.contextmanager
     def waiting(self, *folders: Path) -> Iterator[Changes]:
