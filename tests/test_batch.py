@@ -22,8 +22,9 @@ import grd
 from grd.batch.inputs import sha256_of_input
 from grd.batch.jobs import decide
 from grd.batch.sharing import THREAD_VARIABLES, has_room, share, thread_environment
+from grd.batch.table import Table
 from grd.batch.values import split_values
-from grd.errors import GrdError, KernelUnavailable, NotFoundError, UsageError
+from grd.errors import GrdError, KernelUnavailable, NotFoundError, ResourceUnavailable, UsageError
 from grd.interfaces.cli.answer import Surface
 from grd.interfaces.cli.main import cli
 from grd.runs.model import RunRecord
@@ -106,6 +107,7 @@ WRONG: list[tuple[dict[str, Any], type[GrdError], str]] = [
     ({"notebook": "score.ipynb", "grid": {"seed": f"1..{'9' * 5000}"}}, UsageError, "over 18 digits"),
     ({"notebook": "score.ipynb", "timeout": [1]}, UsageError, r"spec: timeout: \[1\] is no duration"),
     ({"notebook": "score.ipynb", "memory": 1.5}, UsageError, "spec: memory: 1.5 is no size"),
+    ({"notebook": "score.ipynb", "memory": "900TB"}, ResourceUnavailable, "needs 9e.05 GB .* in all; give"),
 ]
 
 
@@ -485,3 +487,30 @@ def test_a_person_agrees_to_the_whole_batch_once_and_that_is_its_grant(strict: P
     assert [entry["kind"] for entry in log(strict)].count("used") == 2
     # What was granted for one batch is nobody else's.
     assert strict.grd("sweep", "train.ipynb", "-g", "epochs", "3", "--timeout", "20m").code == 77
+
+
+def test_a_table_shows_each_value_as_it_is_and_on_one_line() -> None:
+    def row(index: int, metrics: dict[str, Any], **parameters: Any) -> dict[str, Any]:
+        empty = dict.fromkeys(("cause", "seconds", "run_id", "started_at", "ended_at", "attempts"))
+        return {
+            **empty, "index": index, "state": "failed", "detail": "bad\n\x1b[31mred", "notebook": "a.ipynb",
+            "parameters": parameters, "metrics": metrics, "found": False,
+        }  # fmt: skip
+
+    rows = [
+        row(0, {"loss": None}, lr=0.12345678, name="a\nb"),
+        row(1, {"loss": 0.123456}, lr=0.12345679, name="\x9b31m"),
+        row(2, {}, lr=1e-3, name="plain"),
+    ]
+    shown = {
+        "batch_id": "b", "state": "failed", "cause": None, "total": 3, "detail": None, "folder": "/b",
+        "counts": {"failed": 3}, "resume_command": None, "runs": rows,
+    }  # fmt: skip
+    lines = Table(shown).lines()
+    assert "".join(lines).isprintable()
+    table = [line.split() for line in lines[4:7]]
+    assert [cells[1] for cells in table] == ["0.12345678", "0.12345679", "0.001"]
+    assert [cells[2] for cells in table] == ['"a\\nb"', '"\\x9b31m"', "plain"]
+    assert [cells[6:-1] for cells in table] == [["not", "finite"], ["0.1235"], ["-"]]
+    losses = [line["metrics.loss"] for line in csv.DictReader(io.StringIO(Table(shown).csv()))]
+    assert losses == ["NaN", "0.123456", ""]

@@ -126,7 +126,8 @@ def test_a_loop_stops_while_a_notebook_runs_and_goes_on_with_the_same_cycle(
     second = project.grd("loop", "plan.yaml")
     assert second.code == 69
     assert f"process {process.pid} on" in second.err
-    assert project.grd("loop", "plan.yaml", "--status", "--json").json["current"]["cycle"] == 1
+    current = project.grd("loop", "plan.yaml", "--status", "--json").json["current"]
+    assert (current["cycle"], current["steps"][0]["state"]) == (1, "running")
     if isinstance(how, str):
         assert project.grd("loop", "plan.yaml", "--stop").code == 0
     else:
@@ -232,9 +233,11 @@ def test_no_cycles_and_a_dry_run_leave_nothing_behind(project: Project) -> None:
     assert none.code == 0, none.err
     assert trace(project) == [] == project.run_folders()
     plan(project, notebooks=[step(project, "train", parameters={"nothing": 1})])
-    wrong = project.grd("loop", "plan.yaml", "--dry-run")
-    assert wrong.code == 2
-    assert "nothing" in wrong.err
+    for arguments in (["--dry-run"], [], ["--detach"]):
+        wrong = project.grd("loop", "plan.yaml", *arguments)
+        assert wrong.code == 2
+        assert "nothing" in wrong.err
+    assert project.run_folders() == []
 
 
 @pytest.mark.parametrize(

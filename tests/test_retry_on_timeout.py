@@ -189,3 +189,21 @@ def test_epochs_and_batch_sizes_have_the_plans_defaults_and_fit_each_other(
 def test_the_decorator_is_public() -> None:
     kept: Any = grd.retry_on_timeout
     assert kept is retry_on_timeout
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind"),
+    [
+        ({"initial_delay": float("nan")}, ValueError),
+        ({"initial_delay": "2"}, TypeError),
+        ({"max_delay": True}, TypeError),
+        ({"max_retries": 1.5}, TypeError),
+        ({"max_retries": True}, TypeError),
+        ({"max_retries": test_three_retries_are_three_calls_with_two_doubling_pauses}, TypeError),
+    ],
+)
+def test_what_is_no_number_of_calls_or_seconds_is_refused_at_once(
+    wrong: dict[str, Any], kind: type[Exception]
+) -> None:
+    with pytest.raises(kind, match=next(iter(wrong)) if kind is ValueError else None):
+        retry_on_timeout(**wrong)

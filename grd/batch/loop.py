@@ -120,15 +120,35 @@ class ContinuousResearchLoop:
             raise UsageError("a loop that is to outlive this process needs a plan in a file")
         return self._plan_source
 
+    def check(self) -> None:
+        """See that each step of the next cycle that was not begun can be. Starts and writes nothing.
+
+        Raises UsageError (ParameterError, NotebookError), NotFoundError or KernelUnavailable.
+        """
+        number = self.cycle_count + 1
+        if self.should_stop or (self.max_cycles is not None and number > self.max_cycles):
+            return
+        for entry in self._as_remembered().cycle(number, self.plan)["steps"]:
+            if entry["run_id"] is None:
+                check(entry["notebook"], entry["parameters"], kernel=entry["kernel"])
+
+    def _as_remembered(self) -> LoopMemory:
+        """The memory for those who only look: nothing is taken over, and nothing made."""
+        memory = LoopMemory(self.memory.path)
+        memory.value = {"loop_id": "dry", "current": None, "prepared": None} | self.memory.read()
+        return memory
+
     def run(self, *, lock: int | None = None) -> LoopEnd:
         """Make cycles until there is a reason to end. ``lock``: that of the memory, where it is held already.
 
-        Raises ResourceUnavailable if another loop has the memory, or that cannot be written.
-        ``grd loop --stop`` ends it wherever it runs; on the main thread SIGTERM and SIGINT do so too, the
-        second one kills what it runs.
+        Raises what `check` does before anything is started, and ResourceUnavailable if another loop has the
+        memory, or that cannot be written. ``grd loop --stop`` ends it wherever it runs; on the main thread
+        SIGTERM and SIGINT do so too, the second one kills what it runs.
         """
         if self.dry_run:
             return self._rehearse()
+        if lock is None:
+            self.check()
         with self.memory.held(lock), self._listening(), self._hearing_requests():
             self._begin()
             try:
@@ -332,8 +352,7 @@ class ContinuousResearchLoop:
         made = self.cycle_count
         # Without an end one cycle stands for all.
         last = made + 1 if self.max_cycles is None else self.max_cycles
-        memory = LoopMemory(self.memory.path)
-        memory.value = {"loop_id": "dry", "current": None, "prepared": None} | self.memory.read()
+        memory = self._as_remembered()
         self._say(f"dry run of {self.plan.origin}: nothing is started or written")
         for number in range(made + 1, last + 1):
             self._say(f"=== cycle {number} (dry run) ===")

@@ -28,9 +28,11 @@ def start_detached(loop: ContinuousResearchLoop) -> subprocess.Popen[bytes]:
     """Run ``loop``, made from a plan's file, in a process of its own; returns once that has begun.
 
     The memory is the loop's from the moment on in which this looks whether it is free. Raises
-    ResourceUnavailable where another loop has it, or the new process ends before it has begun.
+    ResourceUnavailable where another loop has it, or the new process ends before it has begun, and what
+    `ContinuousResearchLoop.check` does.
     """
     memory = loop.memory
+    loop.check()
     lock = memory.take()
     what = {
         "memory_path": str(memory.path),

@@ -17,7 +17,7 @@ from typing import Any
 
 from grd import contract
 from grd.batch.loop_plan import Plan, Step
-from grd.errors import ConfigurationError, ResourceUnavailable, UsageError
+from grd.errors import ConfigurationError, GrdError, ResourceUnavailable, UsageError
 from grd.files import JsonLines, is_locked, read_json, take_lock, write_json
 from grd.runs.model import now_iso
 from grd.runs.processes import identity
@@ -208,6 +208,7 @@ class LoopMemory:
             "kernel": step.kernel,
             "key": f"loop-{self.value['loop_id']}-{number}-{step.name}",
             "run_id": None,
+            "folder": None,
             "state": None,
             "cause": None,
             "detail": None,
@@ -228,8 +229,23 @@ def shown(memory: LoopMemory) -> dict[str, Any]:
         raise UsageError(f"no loop has been run with {memory.path}; start it: grd loop PLAN")
     if value["state"] != ENDED and not memory.is_held():
         value["state"], value["reason"] = LOST, "the process that ran it is gone"
+    for cycle in (value["current"], value["prepared"]):
+        for entry in (cycle or {}).get("steps", ()):
+            _as_it_is(entry)
     total = sum(kept["seconds"] for kept in value["timing"].values())
     for kept in value["timing"].values():
         kept["mean_seconds"] = round(kept["seconds"] / kept["count"], 3)
         kept["share"] = round(kept["seconds"] / total, 3) if total else None
     return value
+
+
+def _as_it_is(entry: Entry) -> None:
+    """Let a step say of its run what is true of that now: the loop writes it down when it has ended."""
+    from grd.runs.folder import RunFolder
+    from grd.runs.recovery import current_record
+
+    if entry.get("folder") is None or entry["state"] == contract.COMPLETED:
+        return
+    with contextlib.suppress(GrdError, OSError):
+        record = current_record(RunFolder(Path(entry["folder"])))
+        entry |= {"state": record.state, "cause": record.cause, "detail": record.detail}

@@ -12,6 +12,7 @@ from typing import Any
 
 from grd.batch.inputs import sha256_of_input
 from grd.batch.spec import Row, Spec
+from grd.batch.values import value_text
 from grd.errors import GrdError, UsageError
 from grd.estimation.before import code_sha256
 from grd.execution.notebooks import Source, read_notebook
@@ -152,14 +153,7 @@ def make_plan(spec: Spec, *, force: bool = False) -> Plan:
 
 def parameters_text(parameters: Mapping[str, Any]) -> str:
     """``lr=0.1 seed=2``."""
-    return " ".join(f"{name}={_short(value)}" for name, value in parameters.items())
-
-
-def _short(value: Any) -> str:
-    text = str(value) if isinstance(value, str) else json.dumps(value, default=str)
-    if not text.isprintable():  # a line for each run, whatever is in it
-        text = json.dumps(text, ensure_ascii=False)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return " ".join(f"{name}={value_text(value)}" for name, value in parameters.items())
 
 
 def _label(row: Row) -> str:

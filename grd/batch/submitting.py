@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from grd import contract
 from grd.batch import documents
 from grd.batch import record as records
@@ -21,6 +23,7 @@ from grd.errors import ResourceUnavailable, RunBusy, UsageError
 from grd.files import take_lock
 from grd.hardware import leases
 from grd.hardware.leases import Wanted as Leased
+from grd.hardware.limits import current_limits
 from grd.hardware.pools import TRAINING
 from grd.runs import recovery
 from grd.settings import Settings, find_project_root, load_settings
@@ -59,6 +62,7 @@ def batch(
     common = {name: getattr(plan.options, name) for name in ("grace", "start_timeout", "max_output")}
     settings, _ = load_settings(root, common)
     _check_gpus(plan, settings)
+    _check_memory(plan.options.memory)
     name = str(plan.spec.settings.get("name") or _name_of(plan))
     batch_id = records.new_batch_id(name)
     done = already_completed(plan, place)
@@ -79,6 +83,18 @@ def batch(
         tell(on_note, warning)
     process = launch_coordinator(folder, lock, record.working_dir)
     return _see_to_end(Batch(folder, process=process), wait, on_start, on_event, on_note)
+
+
+def _check_memory(needed: int | None) -> None:
+    """Raises ResourceUnavailable where no run could ever have what it needs."""
+    total = psutil.virtual_memory().total
+    limit = current_limits().memory_limit(total)
+    most = total if limit is None else limit.limit
+    if needed is not None and needed > most:
+        raise ResourceUnavailable(
+            f"each run needs {needed / 1e9:.3g} GB of memory, and there are {most / 1e9:.3g} GB here in all; "
+            "give --memory less, or take a larger machine"
+        )
 
 
 def _check_gpus(plan: Plan, settings: Settings) -> None:
