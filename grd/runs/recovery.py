@@ -115,6 +115,7 @@ def _recover(folder: RunFolder, record: RunRecord) -> RunRecord:
     if record.runner is None or record.runner.get("boot_id") == boot_id():
         reap(process_marker(record.run_id, record.attempt), wait_seconds=REAP_SECONDS)
     leftovers.sweep_checkpoints(Path(record.checkpoint_dir))
+    leftovers.sweep_exchanges(folder)
     told = last_word.find(folder, record)
     record = told or _as_lost(folder, record)
     attempt = record.current
