@@ -13,7 +13,11 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import Project, wait_until
+from conftest import Project, has_ended, wait_until
+
+from grd.execution import runner_template
+from grd.files import read_json_lines
+from grd.runs.folder import RunFolder
 
 pytestmark = pytest.mark.faults
 
@@ -192,6 +196,33 @@ def test_a_batch_goes_on_when_what_forks_its_runners_is_killed(project: Project)
     assert status(project)["counts"] == {"completed": 3}
     assert [told(project)[f"begun {seed}"] for seed in (1, 2, 3)] == [1, 1, 1]
     nothing_is_left(project)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="runners are forked on Linux only")
+def test_a_batch_goes_on_within_seconds_when_what_forks_its_runners_is_stopped(project: Project) -> None:
+    begin_held(project, "1..2")
+    [template] = templates(project)
+    template.suspend()
+    (project.path / "go").touch()
+    assert project.grd("batch", "wait", "last").code == 0
+    [events] = project.runs_dir.glob("batches/*/events.jsonl")
+    steps = {(e["index"], e["step"]): e["t"] for _, e in read_json_lines(events) if e["kind"] == "run"}
+    assert steps[1, "started"] - steps[0, "ended"] < 40
+    assert has_ended(template)
+    assert status(project)["counts"] == {"completed": 2}
+    nothing_is_left(project)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="runners are forked on Linux only")
+def test_an_environment_too_large_for_a_message_starts_no_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(runner_template, "start_runner", lambda *given: started.append(given))
+    template = runner_template.RunnerTemplate()
+    large = {f"LARGE_{number}": "x" * 50_000 for number in range(5)}
+    template.start(RunFolder(tmp_path / "run"), 1, -1, large)
+    assert (template.pid, started) == (None, [(RunFolder(tmp_path / "run"), 1, -1, large)])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="runners are forked on Linux only")
