@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +20,14 @@ from conftest import Project, has_ended, wait_until
 
 from grd.execution import runner_template
 from grd.files import read_json_lines
+from grd.runs.batch_folder import BatchFolder
 from grd.runs.folder import RunFolder
 
 pytestmark = pytest.mark.faults
+
+MOST_KILOBYTES = 3500
+"""For 750 more ended runs: a list of all of them while the project's page is written, and what an estimate
+needs of each."""
 
 PARAMETERS = "seed: int = 0\ntimeout = None\ncheckpoint_dir = ''\nresume = False"
 TOLD = """
@@ -352,3 +360,56 @@ def test_a_second_ctrl_c_kills_and_a_hang_up_changes_nothing(project: Project) -
     assert ended.code == 75, ended.err
     assert status(project)["counts"] == {"interrupted": 1}
     nothing_is_left(project)
+
+
+def many_completed(project: Project, keys: list[str], run: Path) -> None:
+    """Completed runs with these keys, each as ``run`` is; all but the kernels that made them."""
+    record = project.record(run)
+    (project.runs_dir / ".keys").mkdir(exist_ok=True)
+    for number, key in enumerate(keys):
+        run_id = f"20200101-000000-held-{number:06d}"
+        copy = project.runs_dir / run_id
+        copy.mkdir()
+        parameters = {"seed": number + 10, "note": f"{number} " * 5}
+        changed = {"run_id": run_id, "key": key, "folder": str(copy), "parameters": parameters}
+        (copy / "run.json").write_text(json.dumps(record | changed))
+        slot = hashlib.sha256(key.encode()).hexdigest()[:32]
+        (project.runs_dir / ".keys" / slot).write_text(f"{run_id}\n")
+
+
+def has_started(batch: BatchFolder, index: int) -> bool:
+    return any(
+        (event.get("index"), event.get("step")) == (index, "started")
+        for _, event in read_json_lines(batch.events)
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is told by /proc")
+@pytest.mark.timeout(600)
+def test_a_coordinator_takes_no_more_memory_for_four_times_as_many_ended_runs(project: Project) -> None:
+    """All of its runs but the last have ended, and all are earlier runs for the last one's estimate."""
+    waits = "import pathlib, time\nwhile seed == 1 and not pathlib.Path('go').exists():\n    time.sleep(0.05)"
+    project.notebook("held.ipynb", waits, parameters="seed: int = 0\nnote: str = ''")
+    assert project.grd("research", "held.ipynb", "-p", "seed", "2").code == 0
+    [model] = project.run_folders()
+    taken = []
+    for count in (250, 1000):
+        rows = [{"seed": number + 10, "note": f"{number} " * 5} for number in range(count)]
+        (project.path / "rows.json").write_text(json.dumps([*rows, {"seed": 1, "note": f"of {count}"}]))
+        sweep = ("sweep", "held.ipynb", "--file", "rows.json", "--jobs", "1")
+        planned = project.grd(*sweep, "--dry-run", "--json").json["runs"]
+        for old in project.runs_dir.glob("20200101-*"):
+            shutil.rmtree(old)
+        many_completed(project, [run["key"] for run in planned[:-1]], model)
+        (project.path / "go").unlink(missing_ok=True)
+        started = project.grd(*sweep, "--detach", "--json")
+        assert started.code == 0, started.err
+        batch = BatchFolder(Path(started.json["folder"]))
+        wait_until(lambda of=batch, last=count: has_started(of, last), "the start of the last run")
+        pid = status(project)["coordinator"]["pid"]
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        taken.append(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")))
+        (project.path / "go").touch()
+        assert project.grd("batch", "wait", "last").code == 0
+        assert status(project)["counts"] == {"completed": count + 1}
+    assert taken[1] - taken[0] < MOST_KILOBYTES, taken
