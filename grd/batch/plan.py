@@ -70,6 +70,9 @@ class Options:
     grace: float | None = None
     start_timeout: float | None = None
     max_output: int | None = None
+    timeout: float | None = None
+    """Cap on one attempt of every run, in place of its own: given by who resumes the batch."""
+    budget: float | None = None
     max_attempts: int | None = None
     """Attempts of each run in one start of the batch, the first included."""
     gpus: int | None = None

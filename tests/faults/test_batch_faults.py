@@ -341,9 +341,21 @@ def test_a_stopped_batch_saves_and_can_be_resumed(project: Project, how: str) ->
     assert shown["cause"] == {"SIGINT": "sigint", "stop": "stopped"}.get(how, "coordinator_lost")
     assert shown["runs"][0]["cause"] == "stopped"
     (project.path / "go").touch()
-    resumed = project.grd("batch", "resume", "last", "--json")
+    if how == "stop":
+        settings = project.path.parent / "config" / "grd" / "config.toml"
+        allowed = settings.read_text()
+        settings.write_text("")
+        assert project.grd("batch", "resume", "last", "--timeout", "2h").code == 77
+        assert status(project)["counts"] == {"interrupted": 1, "cancelled": 1}
+        settings.write_text(allowed)
+        assert project.grd("batch", "resume", "last", "--timeout", "soon").code == 2
+    caps = ["--timeout", "11m", "--budget", "13m"] if how == "stop" else []
+    resumed = project.grd("batch", "resume", "last", "--json", *caps)
     assert resumed.code == 0, resumed.err
     assert resumed.json["counts"] == {"completed": 2}
+    if how == "stop":
+        kept = [project.record(project.runs_dir / run["run_id"]) for run in resumed.json["runs"]]
+        assert [(each["timeout"], each["budget"]["typed"]) for each in kept] == [(660, 780)] * 2
     assert told(project)["begun 1"] == told(project)["resumed 1"] == 1
     nothing_is_left(project)
 
