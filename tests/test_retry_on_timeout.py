@@ -207,3 +207,17 @@ def test_what_is_no_number_of_calls_or_seconds_is_refused_at_once(
 ) -> None:
     with pytest.raises(kind, match=next(iter(wrong)) if kind is ValueError else None):
         retry_on_timeout(**wrong)
+
+
+def test_a_command_that_outlives_its_time_is_really_run_again() -> None:
+    began: list[float] = []
+
+    @retry_on_timeout(max_retries=3, initial_delay=0.2)
+    def command() -> Any:
+        began.append(time.monotonic())
+        return grd.run_with_timeout(["sleep", "60" if len(began) < 3 else "0"], 0.5)
+
+    command()
+    assert len(began) == 3
+    assert began[1] - began[0] >= 0.5 + 0.2
+    assert began[2] - began[1] >= 0.5 + 0.4
