@@ -54,12 +54,19 @@ def retry_on_timeout(
     ``subprocess.TimeoutExpired``, which is none; a declined approval is an answer, not a timeout. Every other
     error is raised at once, and after the last call its own. Works on functions, methods and coroutine
     functions. A ``stop`` that is set ends the pause, and no further call is made. Raises ValueError for
-    ``max_retries`` below 1 or a delay below 0.
+    ``max_retries`` below 1 or a delay below 0, TypeError for what is no number of calls or seconds.
     """
+    if callable(max_retries):
+        raise TypeError("write it with brackets: @retry_on_timeout()")
+    if isinstance(max_retries, bool) or not isinstance(max_retries, int):
+        raise TypeError(f"max_retries is a whole number of calls, not {max_retries!r}")
     if max_retries < 1:
         raise ValueError(f"max_retries counts the calls, the first included: {max_retries} would be none")
-    if initial_delay < 0 or max_delay < 0:
-        raise ValueError("a delay must not be below zero")
+    for name, delay in (("initial_delay", initial_delay), ("max_delay", max_delay)):
+        if isinstance(delay, bool) or not isinstance(delay, int | float):
+            raise TypeError(f"{name} is a number of seconds, not {delay!r}")
+        if not delay >= 0:  # which NaN is neither
+            raise ValueError(f"{name} must not be below zero, and is {delay}")
 
     def pause_after(calls: int, error: BaseException, name: str) -> float | None:
         """Seconds to wait now; None if the error is the last word."""

@@ -26,6 +26,12 @@ ENV_GPUS: Final = "GRD_GPUS"  # "number:UUID,..." of the GPUs that were leased f
 ENV_LEASES: Final = "GRD_LEASES"  # file descriptors of those leases, for the kernel's guardian only
 ENV_KERNEL_GRACE: Final = "GRD_KERNEL_GRACE"  # seconds a kernel has to save once its requester is gone
 
+EXCHANGE_PREFIX: Final = ".distributed-"
+"""Of a folder that an attempt keeps while the processes of a distributed training tell each other things."""
+
+NOT_FINITE: Final = "not finite"
+"""What is shown of a metric that was NaN or infinite, for which JSON has only null."""
+
 KERNEL_ENVIRONMENT: Final = (
     ENV_RUN_ID,
     ENV_ATTEMPT,

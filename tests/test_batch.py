@@ -19,10 +19,12 @@ from test_agreement import at_terminal, log, strict  # noqa: F401
 from test_magics import Kernel, kernel, loaded  # noqa: F401
 
 import grd
+from grd.batch.inputs import sha256_of_input
 from grd.batch.jobs import decide
 from grd.batch.sharing import THREAD_VARIABLES, has_room, share, thread_environment
+from grd.batch.table import Table
 from grd.batch.values import split_values
-from grd.errors import GrdError, KernelUnavailable, NotFoundError, UsageError
+from grd.errors import GrdError, KernelUnavailable, NotFoundError, ResourceUnavailable, UsageError
 from grd.interfaces.cli.answer import Surface
 from grd.interfaces.cli.main import cli
 from grd.runs.model import RunRecord
@@ -99,11 +101,13 @@ WRONG: list[tuple[dict[str, Any], type[GrdError], str]] = [
     ({"notebook": "score.ipynb", "name": "\ud800"}, UsageError, "spec: name: .*no Unicode text"),
     ({"notebook": "score\0.ipynb"}, NotFoundError, "no name of a file"),
     ({"notebook": "score.ipynb", "inputs": ["a\0b"]}, UsageError, "input .* cannot be read"),
+    ({"notebook": "score.ipynb", "inputs": [""]}, UsageError, "spec: inputs is a list of files"),
     ({"notebook": "score.ipynb", "file": "a\0.csv"}, UsageError, "cannot be read"),
     ({"notebook": "score.ipynb", "grid": {"seed": f"1..{10**17}"}}, UsageError, "100,000,000,000,000,000 n"),
     ({"notebook": "score.ipynb", "grid": {"seed": f"1..{'9' * 5000}"}}, UsageError, "over 18 digits"),
     ({"notebook": "score.ipynb", "timeout": [1]}, UsageError, r"spec: timeout: \[1\] is no duration"),
     ({"notebook": "score.ipynb", "memory": 1.5}, UsageError, "spec: memory: 1.5 is no size"),
+    ({"notebook": "score.ipynb", "memory": "900TB"}, ResourceUnavailable, "needs 9e.05 GB .* in all; give"),
 ]
 
 
@@ -295,6 +299,36 @@ def test_a_declared_input_makes_another_run_when_it_changes(here: Project) -> No
     assert plan_of(spec).runs[0].key != before
 
 
+def test_an_input_is_also_what_lies_behind_links(tmp_path: Path) -> None:
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    (elsewhere / "more").mkdir(parents=True)
+    data.mkdir()
+    (data / "linked").symlink_to(elsewhere)
+    (data / "to-nothing").symlink_to("../nothing")
+    (elsewhere / "more" / "back").symlink_to(data)  # and so on for ever
+    seen = [sha256_of_input(data)]
+    for change in (
+        lambda: (elsewhere / "more" / "y.csv").write_text("1"),
+        lambda: (elsewhere / "more" / "y.csv").write_text("2"),
+        lambda: (elsewhere / "more" / "y.csv").rename(elsewhere / "y.csv"),
+        lambda: (tmp_path / "nothing").write_text("3"),
+        lambda: (data / "empty").symlink_to(elsewhere / "more"),
+    ):
+        change()
+        seen.append(sha256_of_input(data))
+        assert sha256_of_input(data) == seen[-1]
+    assert len(set(seen)) == 6
+
+
+def test_an_input_that_would_never_end_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(UsageError, match=r"input .*/pipe is neither a file nor a folder"):
+            sha256_of_input(path)
+    with pytest.raises(UsageError, match="input /dev/zero is neither"):
+        sha256_of_input(Path("/dev/zero"))
+
+
 def test_long_runs_that_nobody_agreed_to_are_refused_before_anything_exists(here: Project) -> None:
     Path(here.environment["XDG_CONFIG_HOME"], "grd", "config.toml").unlink()
     refused = here.grd("sweep", "score.ipynb", "-g", "seed", "1..3", "--timeout", "2h")
@@ -453,3 +487,30 @@ def test_a_person_agrees_to_the_whole_batch_once_and_that_is_its_grant(strict: P
     assert [entry["kind"] for entry in log(strict)].count("used") == 2
     # What was granted for one batch is nobody else's.
     assert strict.grd("sweep", "train.ipynb", "-g", "epochs", "3", "--timeout", "20m").code == 77
+
+
+def test_a_table_shows_each_value_as_it_is_and_on_one_line() -> None:
+    def row(index: int, metrics: dict[str, Any], **parameters: Any) -> dict[str, Any]:
+        empty = dict.fromkeys(("cause", "seconds", "run_id", "started_at", "ended_at", "attempts"))
+        return {
+            **empty, "index": index, "state": "failed", "detail": "bad\n\x1b[31mred", "notebook": "a.ipynb",
+            "parameters": parameters, "metrics": metrics, "found": False,
+        }  # fmt: skip
+
+    rows = [
+        row(0, {"loss": None}, lr=0.12345678, name="a\nb"),
+        row(1, {"loss": 0.123456}, lr=0.12345679, name="\x9b31m"),
+        row(2, {}, lr=1e-3, name="plain"),
+    ]
+    shown = {
+        "batch_id": "b", "state": "failed", "cause": None, "total": 3, "detail": None, "folder": "/b",
+        "counts": {"failed": 3}, "resume_command": None, "runs": rows,
+    }  # fmt: skip
+    lines = Table(shown).lines()
+    assert "".join(lines).isprintable()
+    table = [line.split() for line in lines[4:7]]
+    assert [cells[1] for cells in table] == ["0.12345678", "0.12345679", "0.001"]
+    assert [cells[2] for cells in table] == ['"a\\nb"', '"\\x9b31m"', "plain"]
+    assert [cells[6:-1] for cells in table] == [["not", "finite"], ["0.1235"], ["-"]]
+    losses = [line["metrics.loss"] for line in csv.DictReader(io.StringIO(Table(shown).csv()))]
+    assert losses == ["NaN", "0.123456", ""]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from conftest import Project, has_ended, wait_until
 
 from grd.errors import UsageError
 from grd.experiment import distributed
+from grd.experiment.exchange import exchange_folder
 
 pytest.importorskip("torch")
 
@@ -183,16 +186,54 @@ def test_a_killed_kernel_takes_the_workers_along(distributed_project: Project) -
     following = project.start("research", "ddp.ipynb", "--timeout", "10m")
     project.wait_for_event("checkpoint", epoch=1)
     assert len(project.processes()) >= 4  # kernel, torchrun, two workers
+    exchanged = project.only_run() / "attempts" / "1"
+    assert list(exchanged.glob(".distributed-*"))
     os.kill(project.record()["kernel_pid"], signal.SIGKILL)
     assert project.finish(following).code == 75
     wait_until(lambda: not project.processes(), "nothing of it is left")
+    assert not list(exchanged.glob(".distributed-*"))
+
+
+@pytest.mark.faults
+def test_a_killed_kernel_and_its_killed_runner_leave_no_folder_of_the_workers(
+    distributed_project: Project,
+) -> None:
+    project = distributed_project
+    assert project.grd("research", "ddp.ipynb", "--timeout", "10m", "--detach").code == 0
+    project.wait_for_event("checkpoint", epoch=1)
+    for pid in (project.record()["runner"]["pid"], project.record()["kernel_pid"]):
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not project.processes(), "nothing of it is left")
+    assert project.grd("status", "last", "--json").json["cause"] == "runner_lost"
+    assert not list((project.only_run() / "attempts" / "1").glob(".distributed-*"))
+    assert not _torch_logs(project.path)
+
+
+def _torch_logs(since: Path) -> list[Path]:
+    """What torchrun has left among temporary files since ``since`` was made."""
+    began = since.parent.stat().st_ctime
+    return [path for path in Path("/tmp").glob("torchelastic_*") if path.stat().st_mtime > began]
+
+
+def test_what_a_killed_process_has_left_is_removed_by_the_next_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_hand: None
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    killed = subprocess.run(
+        [sys.executable, "-c", "import os\nfrom grd.experiment.exchange import exchange_folder as f\n"
+         "with f() as folder:\n    print(folder, flush=True)\n    os.kill(os.getpid(), 9)"],
+        env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    left = Path(killed.stdout.strip())
+    assert (killed.returncode, left.parent, left.is_dir()) == (-9, tmp_path, True), killed.stderr
+    with exchange_folder() as folder, exchange_folder() as another:
+        assert sorted(tmp_path.iterdir()) == sorted([folder, another])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.faults
 def test_an_interrupted_cell_of_a_kernel_that_lives_on_leaves_no_worker(place: Path) -> None:
     """Two Ctrl-C at a training that looks for no stop: as in a Jupyter of one's own."""
-    import subprocess
-
     (place / "busy.py").write_text("import time\nprint('busy', flush=True)\ntime.sleep(600)\n")
     code = "from grd.experiment import distributed\ndistributed.launch('busy.py', nprocs=2)"
     cell = subprocess.Popen(

@@ -358,3 +358,19 @@ def test_twenty_writers_lose_nothing_and_a_killed_one_damages_nothing(tmp_path: 
     assert {f"{writer}-{number}" for writer in range(20) for number in range(200)} <= rows.keys()
     with sqlite3.connect(path) as database:
         assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_the_state_page_shows_the_newest_and_counts_the_rest(
+    many: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handover, "MOST_SHOWN", 5)
+    whole = handover.state_section(handover.overview_of(listing.list_all(many.runs_dir)))
+    assert whole.count("- and 7 more: `grd list`") == 2
+    read: list[Path] = []
+    load = store.load
+    monkeypatch.setattr(store, "load", lambda folder: read.append(folder) or load(folder))
+    for most in (MANY, 10):  # the index knows the second time
+        read.clear()
+        handover.write_state_page(many.runs_dir)
+        assert len(read) <= most + 10
+        assert whole in (many.path / ".planning" / "STATE.md").read_text()

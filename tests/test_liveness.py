@@ -129,6 +129,7 @@ def test_a_folder_that_cannot_be_written_is_reported_truly_and_left_alone(runnin
         before = (run / "run.json").read_bytes()
         shown = status(running)
         assert (shown["state"], shown["cause"], shown["resumable"]) == ("interrupted", "runner_lost", True)
+        assert shown["budget"]["used_seconds"] > 0  # though nobody could write it down
         assert "here" in running.grd("logs", "last").out
         assert (run / "run.json").read_bytes() == before
     finally:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import Project, wait_until
+from conftest import LIMIT_SECONDS, Project, wait_until
 from test_json_shapes import check
 
 import grd
@@ -27,6 +29,8 @@ import os
 if not os.path.exists('mended'):
     raise ValueError('not yet')
 """
+ENDLESS: list[Any] = []
+ENDLESS.append(ENDLESS)
 SLEEPS = "import time\nopen('sleeping', 'w').close()\ntime.sleep(600)"
 
 
@@ -122,7 +126,8 @@ def test_a_loop_stops_while_a_notebook_runs_and_goes_on_with_the_same_cycle(
     second = project.grd("loop", "plan.yaml")
     assert second.code == 69
     assert f"process {process.pid} on" in second.err
-    assert project.grd("loop", "plan.yaml", "--status", "--json").json["current"]["cycle"] == 1
+    current = project.grd("loop", "plan.yaml", "--status", "--json").json["current"]
+    assert (current["cycle"], current["steps"][0]["state"]) == (1, "running")
     if isinstance(how, str):
         assert project.grd("loop", "plan.yaml", "--stop").code == 0
     else:
@@ -138,6 +143,53 @@ def test_a_loop_stops_while_a_notebook_runs_and_goes_on_with_the_same_cycle(
     assert done.code == 0, done.err
     assert trace(project) == ["sleeper 1"]
     assert project.record()["attempt"] == 2
+
+
+@pytest.mark.faults
+def test_a_detached_loop_is_looked_at_stopped_and_gone_on_with_by_its_plan(project: Project) -> None:
+    plan(project, notebooks=[step(project, "sleeper", f"if not resume:\n    exec({SLEEPS!r})")])
+    command = ("loop", "plan.yaml", "--max-cycles", "1", "--detach")
+    started = project.grd(*command, "--json")
+    assert (started.code, started.json["state"]) == (0, "running"), started.err
+    check(started.json, "grd.loop/1")
+    assert os.getsid(started.json["loop"]["pid"]) == started.json["loop"]["pid"]
+    wait_until(lambda: (project.path / "sleeping").exists(), "the notebook sleeps")
+    assert project.grd(*command).code == 69
+    stopped = project.grd("loop", "plan.yaml", "--stop")
+    assert (stopped.code, "ended (stopped)" in stopped.out) == (0, True), stopped.out
+    assert (project.record()["state"], project.record()["cause"]) == ("interrupted", "stopped")
+    assert project.processes() == []
+    assert project.grd(*command).code == 0
+    wait_until(lambda: memory(project)["state"] == "ended", "the end of the loop")
+    assert (memory(project)["reason"], trace(project)) == ("done", ["sleeper 1"])
+
+
+THREAD = """
+import threading, time
+from pathlib import Path
+from grd import ContinuousResearchLoop
+loop = ContinuousResearchLoop(None, 1, plan="plan.yaml")
+thread = threading.Thread(target=loop.run)
+thread.start()
+thread.join(100)
+print("its own work goes on, and the loop is over:", not thread.is_alive())
+"""
+
+
+@pytest.mark.faults
+def test_a_loop_in_a_thread_is_stopped_and_its_program_goes_on(project: Project) -> None:
+    plan(project, notebooks=[step(project, "sleeper", SLEEPS)])
+    program = subprocess.Popen(
+        [sys.executable, "-c", THREAD], cwd=project.path, env=project.environment,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    project.started.append(program)
+    wait_until(lambda: (project.path / "sleeping").exists(), "the notebook sleeps")
+    killed = project.grd("loop", "plan.yaml", "--stop", "--now", "--json")
+    assert (killed.code, killed.json["state"], killed.json["reason"]) == (0, "ended", "stopped")
+    out, _ = program.communicate(timeout=LIMIT_SECONDS)
+    assert (program.returncode, out) == (0, "its own work goes on, and the loop is over: True\n")
+    assert project.record()["attempts"][0]["stop"]["killed"]
 
 
 def test_a_loop_stops_while_it_sleeps(project: Project) -> None:
@@ -175,14 +227,17 @@ def test_no_cycles_and_a_dry_run_leave_nothing_behind(project: Project) -> None:
     assert dry.code == 0, dry.err
     check(dry.json, "grd.loop-dry-run/1")
     assert f"would run {project.path}/train.ipynb cycle=2, at most 1h" in dry.err
+    assert (dry.json["cycles"], dry.json["to_make"]) == (0, 2)
     assert sorted(project.path.rglob("*")) == before
     none = project.grd("loop", "plan.yaml", "--max-cycles", "0")
     assert none.code == 0, none.err
     assert trace(project) == [] == project.run_folders()
     plan(project, notebooks=[step(project, "train", parameters={"nothing": 1})])
-    wrong = project.grd("loop", "plan.yaml", "--dry-run")
-    assert wrong.code == 2
-    assert "nothing" in wrong.err
+    for arguments in (["--dry-run"], [], ["--detach"]):
+        wrong = project.grd("loop", "plan.yaml", *arguments)
+        assert wrong.code == 2
+        assert "nothing" in wrong.err
+    assert project.run_folders() == []
 
 
 @pytest.mark.parametrize(
@@ -193,13 +248,30 @@ def test_no_cycles_and_a_dry_run_leave_nothing_behind(project: Project) -> None:
         ({"notebooks": [{"notebook": "a.ipynb", "timeout": "soon"}]}, "notebooks[0]: timeout"),
         ({"notebooks": [{"notebook": "a.ipynb", "role": "dance"}]}, "role 'dance' is none of explore"),
         ({"notebooks": [{"name": "a"}]}, "a step is a notebook's path"),
-        ({"notebooks": ["a.ipynb"], "max_failures": 0}, "max_failures: 0 is below 1"),
+        ({"notebooks": ["a.ipynb"], "max_failures": 0}, "max_failures is a number from 1 on, not 0"),
+        ({"notebooks": ["a.ipynb"], "max_failures": "3"}, "max_failures is a number from 1 on, not '3'"),
+        ({"notebooks": ["a.ipynb"], "max_attempts": 101}, "max_attempts is at most 100, not 101"),
+        ({"notebooks": [{"notebook": "a.ipynb", "kernel": 3}]}, "notebooks[0]: kernel is text, not 3"),
+        ({"notebooks": [{"notebook": "a.ipynb", "name": [3]}]}, "notebooks[0]: name is text"),
+        ({"notebooks": [{"notebook": "a.ipynb", "parameters": {"x": ENDLESS}}]}, "it contains itself"),
+        ("notebooks: [a.ipynb]\nnotebooks: [b.ipynb]", "line 2 has 'notebooks' a second time"),
+        (f"notebooks: {'[' * 5000}", "nested too deeply"),
+        (f"notebooks: [{{notebook: a.ipynb, parameters: {{seed: {'1' * 5000}}}}}]", "no valid YAML"),
     ],
 )
-def test_a_wrong_plan_is_refused_with_the_place(words: dict[str, Any], said: str) -> None:
+def test_a_wrong_plan_is_refused_with_the_place(
+    tmp_path: Path, words: dict[str, Any] | str, said: str
+) -> None:
+    if isinstance(words, str):
+        (tmp_path / "plan.yaml").write_text(words)
     with pytest.raises(UsageError) as error:
-        read_plan(words, Settings())
+        read_plan(words if isinstance(words, dict) else tmp_path / "plan.yaml", Settings())
     assert said in str(error.value)
+
+
+def test_a_number_in_a_plan_is_a_number_as_in_a_batch(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text("[{notebook: a.ipynb, parameters: {lr: 1e-3}}]")
+    assert read_plan(tmp_path / "plan.yaml", Settings()).steps[0].parameters == {"lr": 0.001}
 
 
 def test_a_plan_fills_in_the_cycle_and_gives_every_step_a_name_of_its_own(tmp_path: Path) -> None:

@@ -189,3 +189,35 @@ def test_epochs_and_batch_sizes_have_the_plans_defaults_and_fit_each_other(
 def test_the_decorator_is_public() -> None:
     kept: Any = grd.retry_on_timeout
     assert kept is retry_on_timeout
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind"),
+    [
+        ({"initial_delay": float("nan")}, ValueError),
+        ({"initial_delay": "2"}, TypeError),
+        ({"max_delay": True}, TypeError),
+        ({"max_retries": 1.5}, TypeError),
+        ({"max_retries": True}, TypeError),
+        ({"max_retries": test_three_retries_are_three_calls_with_two_doubling_pauses}, TypeError),
+    ],
+)
+def test_what_is_no_number_of_calls_or_seconds_is_refused_at_once(
+    wrong: dict[str, Any], kind: type[Exception]
+) -> None:
+    with pytest.raises(kind, match=next(iter(wrong)) if kind is ValueError else None):
+        retry_on_timeout(**wrong)
+
+
+def test_a_command_that_outlives_its_time_is_really_run_again() -> None:
+    began: list[float] = []
+
+    @retry_on_timeout(max_retries=3, initial_delay=0.2)
+    def command() -> Any:
+        began.append(time.monotonic())
+        return grd.run_with_timeout(["sleep", "60" if len(began) < 3 else "0"], 0.5)
+
+    command()
+    assert len(began) == 3
+    assert began[1] - began[0] >= 0.5 + 0.2
+    assert began[2] - began[1] >= 0.5 + 0.4

@@ -84,7 +84,7 @@ def estimate_total(plan: Plan, runs: Sequence[PlannedRun], runs_dir: Path) -> To
 
 
 def agree_in_advance(
-    plan: Plan,
+    plan: Plan | None,
     runs: Sequence[PlannedRun],
     settings: Settings,
     *,
@@ -99,25 +99,26 @@ def agree_in_advance(
     """See that each of ``runs`` may start as it will be started later: with nobody there. Returns the id of
     the grant that a person has given for the batch, where one was needed.
 
-    ``typed``: the limits were typed with this very command. Raises ApprovalRequired.
+    ``typed``: the limits were typed with this very command. Without a ``plan`` nobody is asked about an
+    estimate. Raises ApprovalRequired.
     """
     book = book or Book()
     who = who_can_answer(environment)
     try:
         alone = _agree_alone(runs, settings, project, batch_id, environment, book)
     except ApprovalRequired:
-        if who is None:
+        if who is None or (plan is None and not typed):
             raise
         per_run = max(_limit(run.timeout, run.budget) or settings.default_timeout for run in runs)
         in_all = sum(_limit(run.timeout, run.budget) or settings.default_timeout for run in runs)
-        if not typed:
+        if plan is not None and not typed:
             total = estimate_total(plan, runs, runs_dir)
             question = BatchQuestion(
                 total=total, jobs=plan.options.jobs, per_run=per_run, in_all=in_all, otherwise=None
             )
             per_run, in_all = _ask(question, asker, book, project, who) or (0.0, 0.0)
         return _grant(book, batch_id, per_run, in_all, who)
-    if who is None or asker is None or not alone:
+    if who is None or asker is None or plan is None or not alone:
         return None
     total = estimate_total(plan, runs, runs_dir)
     threshold = settings.long_running_threshold

@@ -30,7 +30,7 @@ from grd.batch.placements.local import LocalPlacement
 from grd.batch.plan import Options, PlannedRun
 from grd.batch.retrying import Retrying
 from grd.batch.sharing import LEAST_MEMORY_BYTES, Share, has_room, share, thread_environment
-from grd.batch.view import count_states, look, outcome
+from grd.batch.view import count_states, ends_of, look, outcome
 from grd.errors import ApprovalRequired, GrdError, ResourceUnavailable
 from grd.execution.launch import start_with_lock
 from grd.files import read_json
@@ -283,12 +283,12 @@ class Coordinator:
             self._pending.clear()
 
     def _end(self) -> None:
-        shown = look(self.folder, self.record, self._runs, ended=True)
-        state, cause = outcome(shown)
+        ends = ends_of(look(self.folder, self.record, self._runs, ended=True))
+        state, cause = outcome(ends)
         if state == contract.INTERRUPTED and self._asked is not None:
             cause = self._asked
         self.record.state, self.record.cause = state, cause
-        self.record.counts = count_states(shown)
+        self.record.counts = count_states(ends)
         self.record.ended_at = now_iso()
         self.events.write(
             records.EVENT_BATCH, durable=True, state=state, cause=cause, counts=self.record.counts

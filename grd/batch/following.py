@@ -5,20 +5,17 @@ from __future__ import annotations
 import contextlib
 import signal
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Callable
 from typing import Any
 
-from grd import contract
 from grd.batch.stopping import ask_batch_to_stop, runs_under_way, stop_runs
 from grd.errors import ResourceUnavailable
 from grd.files import read_json_lines
 from grd.runs.batch_folder import BatchFolder
+from grd.steps.following import REASONS, listening
 
 POLL_SECONDS = 0.1
-_REASONS = {signal.SIGINT: contract.SIGINT, signal.SIGTERM: contract.SIGTERM}
 
 OnEvent = Callable[[dict[str, Any]], None]
 OnNote = Callable[[str], None]
@@ -43,7 +40,7 @@ def follow(
     give_up = None if seconds is None else time.monotonic() + seconds
     requests: list[signal.Signals] = []
     heard = 0
-    with _listening(requests) if listen else contextlib.nullcontext():
+    with listening(requests) if listen else contextlib.nullcontext():
         while True:
             ended = not is_coordinated(folder, process)
             for offset, event in read_json_lines(folder.events, position):
@@ -92,27 +89,10 @@ def is_coordinated(folder: BatchFolder, process: subprocess.Popen[bytes] | None 
 
 def _pass_on(folder: BatchFolder, signum: signal.Signals, *, again: bool, on_note: OnNote | None) -> None:
     with contextlib.suppress(ResourceUnavailable):
-        ask_batch_to_stop(folder, _REASONS[signum], at_once=again)
+        ask_batch_to_stop(folder, REASONS[signum], at_once=again)
     if on_note is not None:
         on_note(
             "killing all runs"
             if again
             else f"{signum.name}: asking all runs to save and stop; once more kills them"
         )
-
-
-@contextlib.contextmanager
-def _listening(received: list[signal.Signals]) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        received.append(signal.Signals(signum))
-
-    previous = {signum: signal.signal(signum, note) for signum in _REASONS}
-    try:
-        yield
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)

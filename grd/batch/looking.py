@@ -69,7 +69,7 @@ class Batch:
         """Every run of the batch as it is now, in the order of the spec."""
         if self._plan is None:
             self._plan = list(records.planned_runs(self._folder))
-        return view.look(self._folder, records.load(self._folder), self._plan)
+        return list(view.look(self._folder, records.load(self._folder), self._plan))
 
     @property
     def state(self) -> str:
@@ -108,7 +108,7 @@ class Batch:
         rows = self.rows
         record = view.current_record(self._folder, rows)
         shown = asdict(record)
-        shown["counts"] = view.count_states(rows)
+        shown["counts"] = view.count_states(view.ends_of(rows))
         shown["resumable"] = record.state != contract.RUNNING and view.is_resumable(rows)
         shown["resume_command"] = f"grd batch resume {self.id}" if shown["resumable"] else None
         shown["folder"] = str(self._folder.path)

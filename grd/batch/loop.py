@@ -23,12 +23,15 @@ from grd.batch.loop_plan import Plan, read_plan
 from grd.batch.loop_state import LoopMemory
 from grd.batch.loop_step import DONE, FAILURES, Ends, StepMaker, Stopping, TryFailed
 from grd.errors import GrdError, ResourceUnavailable, UsageError
+from grd.runs.changes import Changes
 from grd.runs.model import iso, now_iso
 from grd.settings import find_project_root, format_duration, load_settings
 from grd.steps.request import check
 from grd.steps.run import runs_folder
 
 LONGEST_PAUSE_SECONDS = 300.0
+REQUEST_SECONDS = 2.0
+"""How soon a request to stop is heard where no system tells of it at once."""
 
 _SIGNALS = {signal.SIGTERM: contract.SIGTERM, signal.SIGINT: contract.SIGINT}
 
@@ -80,11 +83,11 @@ class ContinuousResearchLoop:
         self.max_cycles = max_cycles
         self.dry_run = dry_run
         self._plan_source = plan
-        self._runs_dir = runs_folder(runs_dir)
+        self.runs_dir = runs_folder(runs_dir)
         self._on_note = on_note
         self._guard = threading.RLock()
         self._stopping = Stopping()
-        self._steps = StepMaker(self.memory, self._guard, self._stopping, self._runs_dir, self._say)
+        self._steps = StepMaker(self.memory, self._guard, self._stopping, self.runs_dir, self._say)
         self._ahead: threading.Thread | None = None
         self._ahead_cycle = 0
         self.plan = self._read_plan()
@@ -110,15 +113,43 @@ class ContinuousResearchLoop:
         """End the loop: what it runs is asked to save and stop; ``now`` kills it. Returns at once."""
         self._stopping.ask(reason, now=now)
 
-    def run(self) -> LoopEnd:
-        """Make cycles until there is a reason to end.
+    @property
+    def plan_file(self) -> str | Path:
+        """Where the plan is read from. Raises UsageError where it was given as a mapping."""
+        if isinstance(self._plan_source, Mapping):
+            raise UsageError("a loop that is to outlive this process needs a plan in a file")
+        return self._plan_source
 
-        Raises ResourceUnavailable if another loop has the memory, or that cannot be written.
-        On the main thread SIGTERM and SIGINT stop it, the second one kills what it runs.
+    def check(self) -> None:
+        """See that each step of the next cycle that was not begun can be. Starts and writes nothing.
+
+        Raises UsageError (ParameterError, NotebookError), NotFoundError or KernelUnavailable.
+        """
+        number = self.cycle_count + 1
+        if self.should_stop or (self.max_cycles is not None and number > self.max_cycles):
+            return
+        for entry in self._as_remembered().cycle(number, self.plan)["steps"]:
+            if entry["run_id"] is None:
+                check(entry["notebook"], entry["parameters"], kernel=entry["kernel"])
+
+    def _as_remembered(self) -> LoopMemory:
+        """The memory for those who only look: nothing is taken over, and nothing made."""
+        memory = LoopMemory(self.memory.path)
+        memory.value = {"loop_id": "dry", "current": None, "prepared": None} | self.memory.read()
+        return memory
+
+    def run(self, *, lock: int | None = None) -> LoopEnd:
+        """Make cycles until there is a reason to end. ``lock``: that of the memory, where it is held already.
+
+        Raises what `check` does before anything is started, and ResourceUnavailable if another loop has the
+        memory, or that cannot be written. ``grd loop --stop`` ends it wherever it runs; on the main thread
+        SIGTERM and SIGINT do so too, the second one kills what it runs.
         """
         if self.dry_run:
             return self._rehearse()
-        with self.memory.held(), self._listening():
+        if lock is None:
+            self.check()
+        with self.memory.held(lock), self._listening(), self._hearing_requests():
             self._begin()
             try:
                 return self._close(self._until_it_ends())
@@ -284,6 +315,28 @@ class ContinuousResearchLoop:
             for signum, handler in previous.items():
                 signal.signal(signum, handler)
 
+    @contextlib.contextmanager
+    def _hearing_requests(self) -> Iterator[None]:
+        """See to it that a request that somebody leaves in the memory is heard."""
+        over = False
+
+        def hear() -> None:
+            while not over:
+                asked = self.memory.request()
+                if asked is not None and (not self.should_stop or (asked[1] and not self._stopping.at_once)):
+                    self.stop(asked[0], now=asked[1])
+                changes.wait(REQUEST_SECONDS)
+
+        with Changes(self.memory.path) as changes:
+            thread = threading.Thread(target=hear, name="grd-requests", daemon=True)
+            thread.start()
+            try:
+                yield
+            finally:
+                over = True
+                changes.wake()
+                thread.join()
+
     def _say(self, text: str) -> None:
         if not self.dry_run:
             self.memory.note(text)
@@ -299,8 +352,7 @@ class ContinuousResearchLoop:
         made = self.cycle_count
         # Without an end one cycle stands for all.
         last = made + 1 if self.max_cycles is None else self.max_cycles
-        memory = LoopMemory(self.memory.path)
-        memory.value = {"loop_id": "dry", "current": None, "prepared": None} | self.memory.read()
+        memory = self._as_remembered()
         self._say(f"dry run of {self.plan.origin}: nothing is started or written")
         for number in range(made + 1, last + 1):
             self._say(f"=== cycle {number} (dry run) ===")

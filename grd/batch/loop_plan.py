@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from grd.batch import documents
 from grd.errors import NotFoundError, UsageError
-from grd.settings import ROLES, Settings, parse_count, parse_duration
+from grd.settings import MOST_ATTEMPTS, ROLES, Settings, parse_duration
 
 CYCLE = "cycle"
 """``{cycle}`` in a parameter that is text stands for the cycle's number; alone it is the number itself."""
@@ -65,21 +66,15 @@ def read_plan(plan: str | Path | Mapping[str, Any], settings: Settings) -> Plan:
         return _plan_of(plan, "plan", Path.cwd(), settings)
     path = Path(plan).expanduser()
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+        text = documents.read_text(path, f"plan {path}")
+    except NotFoundError:
         raise NotFoundError(f"no plan {path}; grd loop --help shows one") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"plan {path} cannot be read: {error}") from None
-    import yaml
-
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from None
+    value = documents.parse(text, ".json" if path.suffix == ".json" else ".yaml", str(path))
     return _plan_of(value, str(path), path.resolve().parent, settings)
 
 
 def _plan_of(value: Any, origin: str, base: Path, settings: Settings) -> Plan:
+    documents.check_storable(value, origin)
     if isinstance(value, list):
         value = {"notebooks": value}
     if not isinstance(value, Mapping):
@@ -127,6 +122,9 @@ def _step_of(
     role = value.get("role")
     if role is not None and role not in ROLES:
         raise UsageError(f"{where}: role {role!r} is none of {', '.join(ROLES)}")
+    for word in ("name", "kernel"):
+        if value.get(word) is not None and (not isinstance(value[word], str) or not value[word]):
+            raise UsageError(f"{where}: {word} is text, not {value[word]!r}")
     timeout = _seconds(value, "timeout", where)
     name = _unused(str(value.get("name") or Path(notebook.split("?")[0]).stem), names)
     return Step(
@@ -170,13 +168,11 @@ def _count(value: Mapping[str, Any], word: str, where: str) -> int | None:
     given = value.get(word)
     if given is None:
         return None
-    try:
-        number = parse_count(given)
-    except ValueError as error:
-        raise UsageError(f"{where}: {word}: {error}") from None
-    if number < 1:
-        raise UsageError(f"{where}: {word}: {number} is below 1")
-    return number
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise UsageError(f"{where}: {word} is a number from 1 on, not {given!r}")
+    if word == "max_attempts" and given > MOST_ATTEMPTS:
+        raise UsageError(f"{where}: {word} is at most {MOST_ATTEMPTS}, not {given!r}")
+    return given
 
 
 def _filled_in(value: Any, cycle: int) -> Any:

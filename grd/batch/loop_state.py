@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from grd import contract
 from grd.batch.loop_plan import Plan, Step
-from grd.errors import ConfigurationError, ResourceUnavailable, UsageError
+from grd.errors import ConfigurationError, GrdError, ResourceUnavailable, UsageError
 from grd.files import JsonLines, is_locked, read_json, take_lock, write_json
 from grd.runs.model import now_iso
 from grd.runs.processes import identity
@@ -61,9 +62,30 @@ class LoopMemory:
         """Held by who runs the loop."""
         return self.path / "lock"
 
+    @property
+    def stop_file(self) -> Path:
+        """Where a request to stop is left."""
+        return self.path / "stop.json"
+
+    @property
+    def process_log(self) -> Path:
+        """stdout and stderr of a loop that runs detached."""
+        return self.path / "process.log"
+
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """The folder, for one loop alone. Raises ResourceUnavailable with who has it, UsageError."""
+    def held(self, lock: int | None = None) -> Iterator[None]:
+        """The folder, for one loop alone; ``lock`` is its lock, where it was taken before.
+
+        Raises what `take` raises.
+        """
+        lock = self.take() if lock is None else lock
+        try:
+            yield
+        finally:
+            os.close(lock)
+
+    def take(self) -> int:
+        """Its lock, as a descriptor. Raises ResourceUnavailable with who has it, UsageError."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = take_lock(self.lock, wait_seconds=LOCK_WAIT_SECONDS)
@@ -74,10 +96,31 @@ class LoopMemory:
                 f"{self._holder()} runs a loop with {self.path}; see: "
                 f"grd loop --memory-path {shlex.quote(str(self.path))} --status"
             )
+        with contextlib.suppress(FileNotFoundError):
+            self.stop_file.unlink()  # what stopped the last one must not stop this one
+        return lock
+
+    def ask_to_stop(self, *, now: bool = False) -> None:
+        """Leave a request where the loop looks for it, wherever that runs. Raises ResourceUnavailable."""
         try:
-            yield
-        finally:
-            os.close(lock)
+            write_json(self.stop_file, {"reason": contract.STOPPED, "now": now, "t": time.time()})
+        except OSError as error:
+            raise ResourceUnavailable(
+                f"the loop of {self.path} cannot be asked to stop: {error.strerror or error}"
+            ) from None
+
+    def request(self) -> tuple[str, bool] | None:
+        """Why to stop, and whether at once; None where nobody has asked."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            found = read_json(self.stop_file)
+            return str(found.get("reason")), bool(found.get("now"))
+        return None
+
+    def is_held(self) -> bool:
+        """Whether somebody runs this loop now."""
+        with contextlib.suppress(OSError):
+            return is_locked(self.lock)
+        return self.read().get("state") != ENDED  # a file system without locks
 
     def _holder(self) -> str:
         with contextlib.suppress(ConfigurationError):
@@ -165,6 +208,7 @@ class LoopMemory:
             "kernel": step.kernel,
             "key": f"loop-{self.value['loop_id']}-{number}-{step.name}",
             "run_id": None,
+            "folder": None,
             "state": None,
             "cause": None,
             "detail": None,
@@ -183,12 +227,25 @@ def shown(memory: LoopMemory) -> dict[str, Any]:
     value = memory.read()
     if not value:
         raise UsageError(f"no loop has been run with {memory.path}; start it: grd loop PLAN")
-    if value["state"] != ENDED:
-        with contextlib.suppress(OSError):
-            if not is_locked(memory.lock):
-                value["state"], value["reason"] = LOST, "the process that ran it is gone"
+    if value["state"] != ENDED and not memory.is_held():
+        value["state"], value["reason"] = LOST, "the process that ran it is gone"
+    for cycle in (value["current"], value["prepared"]):
+        for entry in (cycle or {}).get("steps", ()):
+            _as_it_is(entry)
     total = sum(kept["seconds"] for kept in value["timing"].values())
     for kept in value["timing"].values():
         kept["mean_seconds"] = round(kept["seconds"] / kept["count"], 3)
         kept["share"] = round(kept["seconds"] / total, 3) if total else None
     return value
+
+
+def _as_it_is(entry: Entry) -> None:
+    """Let a step say of its run what is true of that now: the loop writes it down when it has ended."""
+    from grd.runs.folder import RunFolder
+    from grd.runs.recovery import current_record
+
+    if entry.get("folder") is None or entry["state"] == contract.COMPLETED:
+        return
+    with contextlib.suppress(GrdError, OSError):
+        record = current_record(RunFolder(Path(entry["folder"])))
+        entry |= {"state": record.state, "cause": record.cause, "detail": record.detail}

@@ -57,7 +57,8 @@ class Stopping:
     def end_if_asked(self) -> None:
         """Raises Ends."""
         if self.asked:
-            raise Ends(STOPPED, f"stopped ({self.reason}); the same command goes on with this cycle")
+            because = "" if self.reason == contract.STOPPED else f" ({self.reason})"
+            raise Ends(STOPPED, f"stopped{because}; the same command goes on with this cycle")
 
     @contextlib.contextmanager
     def waiting(self, *folders: Path) -> Iterator[Changes]:
@@ -95,7 +96,9 @@ class StepMaker:
         self._memory.tell("step_start", cycle=cycle, step=entry["name"], phase=entry["phase"])
         try:
             run = self._start(entry, cycle)
-            self._note(entry, run_id=run.id)
+            self._note(
+                entry, run_id=run.id, folder=str(run.folder), state=contract.RUNNING, cause=None, detail=None
+            )
             self._say(f"cycle {cycle}: {entry['name']} is run {run.id}")
             in_time = self._see_to_end(run, until)
         except ApprovalRequired as error:
@@ -151,8 +154,8 @@ class StepMaker:
         )
 
     def _failed_before(self, entry: Entry) -> Run | None:
-        """The entry's run, if an earlier try has seen it fail: a key alone would only show it again."""
-        if entry["run_id"] is None or entry["state"] != contract.FAILED:
+        """The entry's run, if it has failed since an earlier try: a key alone would only show it again."""
+        if entry["run_id"] is None:
             return None
         with contextlib.suppress(GrdError):
             run = status(entry["run_id"], runs_dir=self._runs_dir)

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from grd.batch.inputs import sha256_of_input
 from grd.batch.spec import Row, Spec
-from grd.errors import GrdError, NotFoundError, UsageError
+from grd.batch.values import value_text
+from grd.errors import GrdError, UsageError
 from grd.estimation.before import code_sha256
 from grd.execution.notebooks import Source, read_notebook
 from grd.steps.request import Request, open_request, read_seconds, read_size
 
 KEY_PREFIX = "batch:"
-_BLOCK_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedRun:
     """One run of a batch. Times are seconds."""
 
@@ -49,7 +50,14 @@ class PlannedRun:
     def from_dict(cls, value: Mapping[str, Any]) -> PlannedRun:
         """What `to_dict` gave; what a newer grd has added is left out. Raises TypeError."""
         known = cls.__dataclass_fields__
-        return cls(**{name: item for name, item in value.items() if name in known})
+        # A batch has thousands of them: what they have in common is kept once.
+        return cls(**{name: _shared(item) for name, item in value.items() if name in known})
+
+
+def _shared(value: Any) -> Any:
+    if isinstance(value, str):
+        return sys.intern(value)
+    return {sys.intern(name): item for name, item in value.items()} if isinstance(value, dict) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +70,9 @@ class Options:
     grace: float | None = None
     start_timeout: float | None = None
     max_output: int | None = None
+    timeout: float | None = None
+    """Cap on one attempt of every run, in place of its own: given by who resumes the batch."""
+    budget: float | None = None
     max_attempts: int | None = None
     """Attempts of each run in one start of the batch, the first included."""
     gpus: int | None = None
@@ -145,14 +156,7 @@ def make_plan(spec: Spec, *, force: bool = False) -> Plan:
 
 def parameters_text(parameters: Mapping[str, Any]) -> str:
     """``lr=0.1 seed=2``."""
-    return " ".join(f"{name}={_short(value)}" for name, value in parameters.items())
-
-
-def _short(value: Any) -> str:
-    text = str(value) if isinstance(value, str) else json.dumps(value, default=str)
-    if not text.isprintable():  # a line for each run, whatever is in it
-        text = json.dumps(text, ensure_ascii=False)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return " ".join(f"{name}={value_text(value)}" for name, value in parameters.items())
 
 
 def _label(row: Row) -> str:
@@ -216,39 +220,6 @@ def key_of(code: str, request: Request, inputs: Mapping[str, str]) -> str:
         "inputs": dict(inputs),
     }
     return KEY_PREFIX + hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-
-
-def sha256_of_input(path: Path) -> str:
-    """Of a file, or of names and bytes of all files below a folder. Raises NotFoundError, UsageError."""
-    digest = hashlib.sha256()
-    try:
-        if not path.is_dir():
-            _add_file(path, digest)
-            return digest.hexdigest()
-        for folder, below, names in os.walk(path, onerror=_raise):
-            below.sort()
-            for name in sorted(names):
-                file = Path(folder) / name
-                digest.update(f"{file.relative_to(path)}\0".encode("utf-8", "surrogateescape"))
-                of_file = hashlib.sha256()
-                _add_file(file, of_file)
-                digest.update(of_file.digest())
-    except FileNotFoundError:
-        raise NotFoundError(f"no input {path}") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"input {path} cannot be read: {reason}") from None
-    return digest.hexdigest()
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _add_file(path: Path, digest: Any) -> None:
-    with open(path, "rb") as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            digest.update(block)
 
 
 def _absolute(path: str | Path) -> str:

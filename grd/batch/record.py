@@ -166,14 +166,19 @@ def fresh_record(plan: Plan, batch_id: str, name: str) -> BatchRecord:
     )
 
 
+_OF_LAST_EVENT = ("step", "state", "cause", "detail")
+
+
 def last_events(folder: BatchFolder) -> dict[int, dict[str, Any]]:
-    """By index: the newest event of each run that the coordinator has taken up."""
+    """By index: the newest event of each run that the coordinator has taken up; what the run's own record
+    has too is left out."""
     found: dict[int, dict[str, Any]] = {}
     for _, event in read_json_lines(folder.events):
         if event.get("kind") == EVENT_RUN and isinstance(event.get("index"), int):
             known = found.get(event["index"], {})
             run_id = event.get("run_id") or known.get("run_id")
-            found[event["index"]] = {**event, "run_id": run_id}
+            kept = {name: event[name] for name in _OF_LAST_EVENT if event.get(name) is not None}
+            found[event["index"]] = {**kept, "run_id": run_id}
     return found
 
 

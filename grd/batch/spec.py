@@ -294,6 +294,6 @@ def _check_settings(settings: Mapping[str, Any], place: str) -> None:
         if name in ("name", "kernel") and (not isinstance(value, str) or not value):
             raise UsageError(f"{place}: {name} is text, not {value!r}")
         if name == "inputs" and not (
-            isinstance(value, list) and all(isinstance(each, str | Path) for each in value)
+            isinstance(value, list) and all(isinstance(each, str | Path) and str(each) for each in value)
         ):
             raise UsageError(f"{place}: inputs is a list of files and folders")

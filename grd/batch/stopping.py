@@ -52,7 +52,7 @@ def stop_runs(
 
 def runs_under_way(folder: BatchFolder) -> list[RunFolder]:
     """The runs of a batch that somebody works on, whoever started them."""
-    rows = look(folder, records.load(folder), records.planned_runs(folder))
+    rows = list(look(folder, records.load(folder), records.planned_runs(folder)))
     found = [RunFolder(folder.runs_dir / row.run_id) for row in rows if row.run_id is not None]
     ended = {
         row.run_id for row in rows if row.state in (contract.COMPLETED, contract.FAILED)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from grd import contract
 from grd.batch import documents
@@ -17,14 +20,18 @@ from grd.batch.following import OnEvent, OnNote, follow
 from grd.batch.looking import Batch, batch_status
 from grd.batch.plan import Plan, make_plan
 from grd.batch.spec import read_spec
+from grd.batch.view import look
 from grd.errors import ResourceUnavailable, RunBusy, UsageError
 from grd.files import take_lock
 from grd.hardware import leases
 from grd.hardware.leases import Wanted as Leased
+from grd.hardware.limits import current_limits
 from grd.hardware.pools import TRAINING
 from grd.runs import recovery
+from grd.runs.batch_folder import BatchFolder
 from grd.settings import Settings, find_project_root, load_settings
 from grd.steps import keys
+from grd.steps.request import read_seconds
 from grd.steps.run import runs_folder
 from grd.steps.started import tell
 
@@ -59,6 +66,7 @@ def batch(
     common = {name: getattr(plan.options, name) for name in ("grace", "start_timeout", "max_output")}
     settings, _ = load_settings(root, common)
     _check_gpus(plan, settings)
+    _check_memory(plan.options.memory)
     name = str(plan.spec.settings.get("name") or _name_of(plan))
     batch_id = records.new_batch_id(name)
     done = already_completed(plan, place)
@@ -79,6 +87,18 @@ def batch(
         tell(on_note, warning)
     process = launch_coordinator(folder, lock, record.working_dir)
     return _see_to_end(Batch(folder, process=process), wait, on_start, on_event, on_note)
+
+
+def _check_memory(needed: int | None) -> None:
+    """Raises ResourceUnavailable where no run could ever have what it needs."""
+    total = psutil.virtual_memory().total
+    limit = current_limits().memory_limit(total)
+    most = total if limit is None else limit.limit
+    if needed is not None and needed > most:
+        raise ResourceUnavailable(
+            f"each run needs {needed / 1e9:.3g} GB of memory, and there are {most / 1e9:.3g} GB here in all; "
+            "give --memory less, or take a larger machine"
+        )
 
 
 def _check_gpus(plan: Plan, settings: Settings) -> None:
@@ -104,7 +124,8 @@ def resume_batch(
     *,
     failed: bool = False,
     jobs: int | None = None,
-    now: bool = False,
+    timeout: float | str | None = None,
+    budget: float | str | None = None,
     runs_dir: str | Path | None = None,
     wait: bool = True,
     on_start: Callable[[Batch], None] | None = None,
@@ -114,8 +135,13 @@ def resume_batch(
     """Go on with a batch: runs that are under way are found again, interrupted ones resumed, those that were
     never begun are; completed ones are not touched. ``failed`` takes failed ones up again too.
 
-    ``jobs`` is another number at once. Raises NotFoundError, RunBusy where its coordinator lives, UsageError.
+    ``jobs`` is another number at once; ``timeout`` and ``budget`` (seconds, or text such as "2h") are other
+    caps on one attempt, and on all attempts, of each of these runs. Raises NotFoundError, RunBusy where its
+    coordinator lives, UsageError, and ApprovalRequired before anything is started where somebody must agree
+    to the time.
     """
+    caps = {"timeout": read_seconds("--timeout", timeout), "budget": read_seconds("--budget", budget)}
+    caps = {name: seconds for name, seconds in caps.items() if seconds is not None}
     if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1):
         raise UsageError(f"--jobs is a number from 1 on, not {jobs!r}")
     folder = batch_status(which, runs_dir=runs_dir).batch_folder
@@ -132,6 +158,9 @@ def resume_batch(
         record.starts = max(1, record.starts)
         if jobs is not None:
             record.options["jobs"] = jobs
+        if caps:
+            record.options |= caps
+            record.grant = _agree_to_resume(folder, record) or record.grant
         records.save(folder, record)
         size = folder.events.stat().st_size if folder.events.exists() else 0
     except BaseException:
@@ -139,6 +168,32 @@ def resume_batch(
         raise
     process = launch_coordinator(folder, lock, record.working_dir)
     return _see_to_end(Batch(folder, process=process, since=size), wait, on_start, on_event, on_note)
+
+
+def _agree_to_resume(folder: BatchFolder, record: records.BatchRecord) -> str | None:
+    """Somebody's agreement to other caps, as `agree_in_advance` has it."""
+    timeout, budget = record.options.get("timeout"), record.options.get("budget")
+    ended = {contract.COMPLETED} if record.retry_failed else {contract.COMPLETED, contract.FAILED}
+    rows = look(folder, record, records.planned_runs(folder))
+    runs = [
+        replace(row.run, timeout=timeout or row.run.timeout, budget=budget or row.run.budget)
+        for row in rows
+        if row.state not in ended
+    ]
+    root = find_project_root(Path(record.working_dir))
+    settings, _ = load_settings(root, {"grace": record.options.get("grace")})
+    if not runs:
+        return None
+    return agree_in_advance(
+        None,
+        runs,
+        settings,
+        batch_id=folder.batch_id,
+        project=root,
+        runs_dir=folder.runs_dir,
+        typed=True,
+        asker=None,
+    )
 
 
 def already_completed(plan: Plan, runs_dir: Path) -> dict[int, str]:

@@ -6,14 +6,13 @@ import csv
 import html
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grd import contract
+from grd.batch.values import one_line, value_text
 from grd.errors import ResourceUnavailable
 from grd.settings import format_duration
-
-WIDEST = 40
 
 
 class Table:
@@ -37,7 +36,8 @@ class Table:
         return pandas.json_normalize(self._rows)
 
     def csv(self) -> str:
-        """All rows with a head line; columns ``parameters.NAME`` and ``metrics.NAME`` have those."""
+        """All rows with a head line; columns ``parameters.NAME`` and ``metrics.NAME`` have those. NaN stands
+        for what was not finite."""
         plain = ("index", "run_id", "state", "cause", "notebook")
         times = ("attempts", "started_at", "ended_at", "seconds", "found", "detail")
         parameters, metrics = self._names("parameters"), self._names("metrics")
@@ -56,7 +56,7 @@ class Table:
                 [
                     *(_cell(row[name]) for name in plain),
                     *(_cell(row["parameters"].get(name)) for name in parameters),
-                    *(_cell(row["metrics"].get(name)) for name in metrics),
+                    *(_metric_cell(row["metrics"], name) for name in metrics),
                     *(_cell(row[name]) for name in times),
                 ]
             )
@@ -86,7 +86,7 @@ class Table:
                 told.setdefault(row["detail"], []).append(row["index"] + 1)
         for detail, numbers in list(told.items())[:5]:
             which = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
-            lines.append(f"  run {which}: {detail}")
+            lines.append(f"  run {which}: {one_line(detail)}")
         if self.document["resume_command"]:
             lines.append(f"  next        {self.document['resume_command']}")
         elif self.document["state"] == contract.FAILED:
@@ -117,11 +117,11 @@ class Table:
         return [
             str(row["index"] + 1),
             *([row["notebook"].rpartition("/")[2]] if several else []),
-            *(_shown(row["parameters"].get(name)) for name in self._names("parameters")),
+            *(_parameter(row["parameters"], name) for name in self._names("parameters")),
             f"{row['state']}{found}",
             row["cause"] or "-",
             "-" if row["seconds"] is None else format_duration(row["seconds"]),
-            *(_shown(row["metrics"].get(name)) for name in self._names("metrics")),
+            *(_metric(row["metrics"], name) for name in self._names("metrics")),
             row["run_id"] or "-",
         ]
 
@@ -147,13 +147,22 @@ def _cell(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _shown(value: Any) -> str:
-    if value is None:
+def _metric_cell(metrics: Mapping[str, Any], name: str) -> str:
+    return "NaN" if name in metrics and metrics[name] is None else _cell(metrics.get(name))
+
+
+def _parameter(parameters: Mapping[str, Any], name: str) -> str:
+    value = parameters.get(name)
+    return "-" if value is None else value_text(value)
+
+
+def _metric(metrics: Mapping[str, Any], name: str) -> str:
+    if name not in metrics:
         return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."
+    value = metrics[name]
+    return (
+        contract.NOT_FINITE if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    )
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:

@@ -15,6 +15,9 @@ MOST_VALUES = 100_000
 MOST_DIGITS = 18
 """A range beyond that is a slip of the finger, and would take the memory before anybody could see it."""
 
+WIDEST = 40
+"""Characters of a value in a line or a table."""
+
 _CLOSING = {"[": "]", "{": "}", "(": ")"}
 
 
@@ -92,3 +95,16 @@ def _value(text: str) -> Any:
     if len(text) > 1 and text[0] == text[-1] == "'":
         return text[1:-1]
     return RawText(text)
+
+
+def value_text(value: Any) -> str:
+    """A parameter's value for a line or a table: all its digits, and nothing that moves a cursor."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    if not text.isprintable():
+        text = f'"{one_line(text)}"'
+    return text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."
+
+
+def one_line(text: str) -> str:
+    """``text`` with its control characters and the like as Python writes them."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)

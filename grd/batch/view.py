@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -64,14 +64,15 @@ class BatchRow:
 
 def look(
     folder: BatchFolder, record: BatchRecord, runs: Iterable[PlannedRun], *, ended: bool = False
-) -> list[BatchRow]:
-    """Every run as it truly is now; runs whose runner is gone are recovered by looking at them.
+) -> Iterator[BatchRow]:
+    """Every run as it truly is now, one by one; runs whose runner is gone are recovered by looking at them.
 
     ``ended``: nobody starts those that were not started, also where the coordinator still has its lock.
     """
     events = records.last_events(folder)
     waiting = contract.QUEUED if not ended and folder.has_coordinator() else contract.CANCELLED
-    return [_row(folder, record, run, events.get(run.index), waiting) for run in runs]
+    for run in runs:
+        yield _row(folder, record, run, events.get(run.index), waiting)
 
 
 def _seconds(record: RunRecord) -> float | None:
@@ -122,23 +123,34 @@ def _row(
     )
 
 
-def count_states(rows: Sequence[BatchRow]) -> dict[str, int]:
+Ends = Mapping[tuple[str, str | None], int]
+"""Number of runs by state and cause."""
+
+
+def ends_of(rows: Iterable[BatchRow]) -> Ends:
+    """How many have come to which end; no row is kept."""
+    return Counter((row.state, row.cause) for row in rows)
+
+
+def count_states(ends: Ends) -> dict[str, int]:
     """Number of runs by state."""
-    counts = Counter(row.state for row in rows)
+    counts: Counter[str] = Counter()
+    for (state, _), number in ends.items():
+        counts[state] += number
     return {state: counts[state] for state in contract.STATES if counts[state]}
 
 
-def outcome(rows: Sequence[BatchRow]) -> tuple[str, str | None]:
+def outcome(ends: Ends) -> tuple[str, str | None]:
     """State and cause of a batch that nobody coordinates any more. Pure.
 
     It failed if any run did; interrupted is what has runs that can go on, or were not started.
     """
-    states = {row.state for row in rows}
+    states = {state for state, _ in ends}
     if states <= {contract.COMPLETED}:
         return contract.COMPLETED, None
     if contract.FAILED in states:
         return contract.FAILED, None
-    causes = {row.cause for row in rows if row.state in (contract.INTERRUPTED, contract.DECLINED)}
+    causes = {cause for state, cause in ends if state in (contract.INTERRUPTED, contract.DECLINED)}
     return contract.INTERRUPTED, causes.pop() if len(causes) == 1 else None
 
 
@@ -151,7 +163,7 @@ def current_record(folder: BatchFolder, rows: Sequence[BatchRow] | None = None) 
     record = records.load(folder)  # it may have ended between the two looks
     lost = record.state in (contract.QUEUED, contract.RUNNING)
     if rows is not None:
-        state, cause = outcome(rows)
+        state, cause = outcome(ends_of(rows))
         if state != record.state:
             record.cause = cause
         record.state = state

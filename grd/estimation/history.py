@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,9 +41,14 @@ class Job:
     """What the run is given."""
 
 
-@dataclass(frozen=True, kw_only=True)
+_OF_PROGRESS = ("n", "total", "eta_seconds", "per_second")
+_OF_ESTIMATE = ("seconds", "method", "speed_mbs", "probe")
+_NOTHING: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PastRun:
-    """What run.json says of an earlier run."""
+    """What run.json says of an earlier run, as far as an estimate needs it: a batch keeps a thousand."""
 
     run_id: str
     notebook: str
@@ -66,18 +72,19 @@ class PastRun:
             seconds = sum(float(attempt["seconds"]) for attempt in attempts)
             worth = {"notebook", "parameters", "from_epoch"}
             estimate = record.get("estimate") or {}
+            code = estimate.get("code_sha256")
             return cls(
                 run_id=str(record["run_id"]),
-                notebook=str(record["notebook"]),
-                sha256=str(attempts[0].get("notebook_sha256") or record["notebook_sha256"]),
-                code_sha256=estimate.get("code_sha256"),
-                parameters=dict(record["parameters"]),
-                state=str(record["state"]),
+                notebook=sys.intern(str(record["notebook"])),
+                sha256=sys.intern(str(attempts[0].get("notebook_sha256") or record["notebook_sha256"])),
+                code_sha256=None if code is None else sys.intern(str(code)),
+                parameters={sys.intern(name): value for name, value in dict(record["parameters"]).items()},
+                state=sys.intern(str(record["state"])),
                 seconds=seconds,
                 attempts=len(attempts),
                 changed=any(worth & set(attempt.get("changes") or ()) for attempt in attempts),
-                progress=record.get("progress") or {},
-                estimate=estimate,
+                progress=_only(_OF_PROGRESS, record.get("progress") or {}),
+                estimate=_only(_OF_ESTIMATE, estimate),
             )
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError, IndexError):
             return None
@@ -223,6 +230,12 @@ def probe_predictions(past: Sequence[PastRun]) -> list[tuple[float, float]]:
         if predicted is not None and took is not None:
             found.append((predicted, took))
     return found
+
+
+def _only(names: Sequence[str], values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Those that are known, of those that are needed."""
+    found = {name: values[name] for name in names if values.get(name) is not None}
+    return found or _NOTHING
 
 
 def _number(value: Any) -> float | None:

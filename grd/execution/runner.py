@@ -346,6 +346,7 @@ class Runner:
     def _end(self, outcome: Outcome) -> None:
         record, attempt = self.record, self.attempt
         leftovers.sweep_checkpoints(Path(record.checkpoint_dir))
+        leftovers.sweep_exchanges(self.folder)
         reserve.give_back(self.folder)
         view = view_of(self.folder)
         detail = outcome.detail or self._grant.detail(outcome.cause)

@@ -22,6 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,21 @@ from grd import contract
 from grd.execution.launch import RunnerProcess, runner_command, runner_environment, start_runner
 from grd.runs.folder import RunFolder
 
-ANSWER_SECONDS = 60.0
-"""How long a template may take to answer: at first it imports, perhaps from a slow network drive."""
+READY_SECONDS = 20.0
+"""So long the first runner waits for what a template imports, which takes it a second or two; until it is
+ready others do without."""
 
-LARGEST_REQUEST = 1 << 20
+STOPPED_SECONDS = 2.0
+"""How soon somebody sees that it was stopped, and will not get ready."""
+
+IMPORT_SECONDS = 60.0
+"""A template that is not ready by then, perhaps from a slow network drive, is given up."""
+
+ANSWER_SECONDS = 5.0
+"""How long a template that is ready may take to fork: one that was stopped must not hold its starter."""
+
+LARGEST_REQUEST = 128 * 1024
+"""Bytes, below what a socket takes in one piece; a larger environment is started without a template."""
 
 NAME_ROOM = "-" * 255
 """Where a runner writes its run's name, in the environment that the system shows of it."""
@@ -42,6 +54,7 @@ COMMAND_ROOM = "-" * 1024
 """Makes room for its command line."""
 
 GO = b"go"
+READY = b"ready"
 
 
 class ForkedRunner:
@@ -88,6 +101,8 @@ class RunnerTemplate:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
+        self._ready = False
+        self._give_up = 0.0
         self._useless = sys.platform != "linux"
 
     @property
@@ -100,14 +115,51 @@ class RunnerTemplate:
     ) -> RunnerProcess:
         """What `launch.start_runner` does, sooner. Raises what that raises."""
         if not self._useless:
-            try:
-                return self._fork(folder, attempt, lock, runner_environment(folder, environment))
-            except (OSError, ValueError):
-                self.close()  # the next runner gets a new one
+            variables = runner_environment(folder, environment)
+            # surrogates stand for the bytes of an environment that is not UTF-8
+            request = json.dumps({"folder": str(folder.path), "attempt": attempt, "environment": variables})
+            if len(request) <= LARGEST_REQUEST and self._is_ready():
+                try:
+                    return self._fork(folder, attempt, lock, request.encode())
+                except (OSError, ValueError):
+                    self.close()  # the next runner gets a new one
         return start_runner(folder, attempt, lock, environment)
+
+    def _is_ready(self) -> bool:
+        """Whether there is one that has imported all; waits for that once, when it is made."""
+        try:
+            seconds = 0.0
+            if self._socket is None:
+                self._begin()
+                seconds = READY_SECONDS
+            if self._ready or self._socket is None:
+                return self._ready
+            poll = select.poll()
+            poll.register(self._socket, select.POLLIN)
+            until = time.monotonic() + seconds
+            while not (told := poll.poll(min(STOPPED_SECONDS, seconds) * 1000)):
+                if time.monotonic() >= until or self._is_stopped():
+                    break
+            if told:
+                self._ready = self._socket.recv(64) == READY
+                if not self._ready:
+                    self.close()  # it has ended
+            elif time.monotonic() > self._give_up or self._is_stopped():
+                self.close()
+        except OSError:
+            self.close()
+        return self._ready
+
+    def _is_stopped(self) -> bool:
+        with contextlib.suppress(OSError):
+            # proc(5): the state follows the name, which may hold spaces and brackets
+            stat = Path(f"/proc/{self.pid}/stat").read_text(errors="replace")
+            return stat.rpartition(")")[2].split()[0] in ("T", "t")
+        return False
 
     def close(self) -> None:
         """End the process. Its runners go on."""
+        self._ready = False
         if self._socket is not None:
             self._socket.close()  # it ends by that
             self._socket = None
@@ -117,19 +169,15 @@ class RunnerTemplate:
                 self._process.wait(5.0)
             self._process = None
 
-    def _fork(
-        self, folder: RunFolder, attempt: int, lock: int, environment: Mapping[str, str]
-    ) -> RunnerProcess:
-        channel = self._socket or self._begin()
+    def _fork(self, folder: RunFolder, attempt: int, lock: int, request: bytes) -> RunnerProcess:
+        channel = self._socket
+        assert channel is not None
         paths = folder.attempt(attempt)
         paths.path.mkdir(parents=True, exist_ok=True)
-        request = {"folder": str(folder.path), "attempt": attempt, "environment": dict(environment)}
         told, tell = os.pipe2(os.O_CLOEXEC)
         try:
             with open(paths.log, "ab") as log:
-                # surrogates stand for the bytes of an environment that is not UTF-8
-                message = json.dumps(request).encode()
-                socket.send_fds(channel, [message], [lock, log.fileno(), told])
+                socket.send_fds(channel, [request], [lock, log.fileno(), told])
             answer = channel.recv(64)
             runner = ForkedRunner(int(answer))  # also raises where there was no answer
             os.write(tell, GO)
@@ -139,7 +187,7 @@ class RunnerTemplate:
         os.close(lock)
         return runner
 
-    def _begin(self) -> socket.socket:
+    def _begin(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.settimeout(ANSWER_SECONDS)
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", contract.ENV_RUNNER: NAME_ROOM}
@@ -158,7 +206,7 @@ class RunnerTemplate:
             ours.close()
             raise
         self._socket = ours
-        return ours
+        self._give_up = time.monotonic() + IMPORT_SECONDS
 
 
 # --- in the template ------------------------------------------------------------------------------------
@@ -180,6 +228,8 @@ def serve(channel: socket.socket) -> list[str] | None:
     shown = _Shown()
     gc.freeze()  # or collecting would copy every page that is shared
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks here
+    with contextlib.suppress(OSError):
+        channel.send(READY)
     while True:
         message, fds, _, _ = socket.recv_fds(channel, LARGEST_REQUEST, 3, socket.MSG_CMSG_CLOEXEC)
         if not message:

@@ -13,7 +13,6 @@ import os
 import queue
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from grd import contract
 from grd.errors import CheckpointError, ExperimentInterrupted, ResourceUnavailable, UsageError
 from grd.experiment import interruption
 from grd.experiment.checkpoint_handler import CheckpointHandler
+from grd.experiment.exchange import exchange_folder
 from grd.experiment.stopped import stopped
 
 ENV_STOPPED = "GRD_DISTRIBUTED_STOPPED"
@@ -50,9 +50,12 @@ def launch(
     Raises UsageError for a target that workers cannot find (a function of the notebook itself: put it into a
     file), ResourceUnavailable without torch, RuntimeError if a worker failed; torch prints which and why.
     """
-    command = _command(target, arguments, _workers(nprocs))
-    with tempfile.TemporaryDirectory(prefix="grd-distributed-") as folder, interruption.armed():
-        stop_file, honoured = Path(folder, "stop"), Path(folder, "stopped")
+    what = _command(target, arguments)
+    workers = _workers(nprocs)
+    with exchange_folder() as folder, interruption.armed():
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(workers), "--log-dir", str(folder / "log"), *what]
+        stop_file, honoured = folder / "stop", folder / "stopped"
         variables = {
             **os.environ,
             "PYTHONUNBUFFERED": "1",
@@ -63,7 +66,7 @@ def launch(
         }
         # torchrun sets one thread a worker, and a warning, where nobody has chosen.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = max(1, cores // _workers(nprocs))
+        threads = max(1, cores // workers)
         variables.setdefault("OMP_NUM_THREADS", str(threads))
         returncode, reason = _follow(command, variables, stop_file)
         if honoured.exists():
@@ -85,13 +88,12 @@ def _workers(nprocs: int | None) -> int:
     return nprocs
 
 
-def _command(target: str | Path | Callable[..., Any], arguments: tuple[Any, ...], workers: int) -> list[str]:
+def _command(target: str | Path | Callable[..., Any], arguments: tuple[Any, ...]) -> list[str]:
+    """What torchrun is to run."""
     from importlib.util import find_spec
 
     if find_spec("torch") is None:
         raise ResourceUnavailable("distributed.launch needs torch: pip install 'grd-notebooks[torch]'")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += ["--nproc-per-node", str(workers)]
     if callable(target):
         module, name = getattr(target, "__module__", None), getattr(target, "__qualname__", "")
         if module in (None, "__main__") or "<" in name:
@@ -104,7 +106,7 @@ def _command(target: str | Path | Callable[..., Any], arguments: tuple[Any, ...]
     if Path(text).suffix == ".py":
         if not Path(text).is_file():
             raise UsageError(f"launch: there is no script {text} in {Path.cwd()}")
-        return [*torchrun, text, *map(str, arguments)]
+        return [text, *map(str, arguments)]
     module, colon, name = text.partition(":")
     if not colon or find_spec(module.split(".")[0]) is None:
         raise UsageError(f"launch: {text!r} is no script (NAME.py) and no function (MODULE:FUNCTION)")
@@ -112,7 +114,7 @@ def _command(target: str | Path | Callable[..., Any], arguments: tuple[Any, ...]
         values = json.dumps(arguments)
     except (TypeError, ValueError) as error:
         raise UsageError(f"launch: the arguments of {text} must be JSON values: {error}") from None
-    return [*torchrun, "-m", "grd.experiment.distributed_worker", text, values]
+    return ["-m", "grd.experiment.distributed_worker", text, values]
 
 
 # --- in the kernel ---------------------------------------------------------------------------------------
@@ -302,8 +304,7 @@ def process_group(backend: str | None = None) -> Iterator[Group]:
     with contextlib.ExitStack() as stack:
         options: dict[str, Any] = {}
         if "RANK" not in os.environ:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="grd-distributed-"))
-            options = {"init_method": f"file://{folder}/store", "rank": 0, "world_size": 1}
+            options = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
         torch.distributed.init_process_group(backend or ("nccl" if on_gpu else "gloo"), **options)
         stack.callback(_leave)
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()

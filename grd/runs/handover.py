@@ -7,7 +7,8 @@ people: only that section is ever touched, and the file is made only where there
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -63,22 +64,41 @@ def next_command(record: RunRecord) -> str:
     return record.resume_command or f"grd status {record.run_id}"
 
 
-def state_section(found: Overview) -> str:
-    """The Markdown of the section."""
+def state_section(found: Overview, unread: Mapping[str, int] | None = None) -> str:
+    """The Markdown of the section; ``unread`` has the numbers by state of older runs besides those found."""
+    unread = unread or {}
     lines = ["## Runs", ""]
-    groups = (("Running", found.running), ("Can be resumed", found.resumable), ("Failed", found.failed))
-    for title, records in groups:
+    groups = (
+        ("Running", found.running, 0),
+        ("Can be resumed", found.resumable, unread.get(contract.INTERRUPTED, 0)),
+        ("Failed", found.failed, unread.get(contract.FAILED, 0)),
+    )
+    for title, records, older in groups:
         if not records:
             continue
         lines += [f"### {title}", ""]
         for record in records[:MOST_SHOWN]:
             because = f" ({record.cause})" if record.cause else ""
             lines.append(f"- `{record.run_id}` {record.state}{because}: `{next_command(record)}`")
-        if len(records) > MOST_SHOWN:
-            lines.append(f"- and {len(records) - MOST_SHOWN} more: `grd list`")
+        more = max(0, len(records) - MOST_SHOWN) + older
+        if more:
+            lines.append(f"- and {more} more: `grd list`")
         lines.append("")
     lines.append(f"{found.completed} completed: `grd list`")
     return "\n".join(lines)
+
+
+def _newest(entries: list[Listed]) -> tuple[list[Listed], Counter[str]]:
+    """Without those that failed or were interrupted and would not be shown, and how many these are: whoever
+    writes the page while a thousand runs fail must not read a thousand records each time."""
+    kept, seen, left_out = [], Counter[str](), Counter[str]()
+    for entry in entries:
+        seen[entry.state] += 1
+        if entry.state in (contract.FAILED, contract.INTERRUPTED) and seen[entry.state] > MOST_SHOWN:
+            left_out[entry.state] += 1
+        else:
+            kept.append(entry)
+    return kept, left_out
 
 
 PAGE_LOCK = ".state-page.lock"
@@ -104,8 +124,8 @@ def write_state_page(runs_dir: Path) -> bool:
     try:
         for path in half_written_pages(planning):
             path.unlink(missing_ok=True)
-        found = overview_of(listing.list_all(runs_dir))
-        write_section(planning / "STATE.md", SECTION, state_section(found))
+        newest, unread = _newest(listing.list_all(runs_dir, keep_read=False))
+        write_section(planning / "STATE.md", SECTION, state_section(overview_of(newest), unread))
     finally:
         os.close(lock)
     return True

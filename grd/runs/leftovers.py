@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from grd import contract
 from grd.files import take_lock
 from grd.runs.folder import RunFolder
 
@@ -40,8 +42,22 @@ def _may_be_in_use(path: Path) -> bool:
         return True
 
 
+def exchanges(folder: RunFolder) -> Iterator[Path]:
+    """Folders of distributed trainings of a run whose kernels were killed, for the holder of its lock, or of
+    that of recovery, once no kernel is left."""
+    yield from sorted((folder.path / "attempts").glob(f"*/{contract.EXCHANGE_PREFIX}*"))
+
+
+def sweep_exchanges(folder: RunFolder) -> None:
+    """Remove what `exchanges` finds. Never raises OSError."""
+    with contextlib.suppress(OSError):
+        for path in exchanges(folder):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def sweep(folder: RunFolder) -> None:
     """Remove what `half_written` finds, unless somebody recovers the run just now. Never raises OSError."""
+    sweep_exchanges(folder)
     with contextlib.suppress(OSError):
         if not any(half_written(folder)):
             return

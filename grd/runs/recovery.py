@@ -101,6 +101,9 @@ def _as_lost(folder: RunFolder, record: RunRecord, remark: str = "") -> RunRecor
     attempt = record.current
     attempt.state, attempt.cause, attempt.detail = record.state, cause, detail
     attempt.ended_at = record.ended_at
+    attempt.seconds = max(attempt.seconds, _seconds_between(attempt.started_at, record.ended_at))
+    used = float(record.budget.get("used_seconds") or 0.0)
+    record.budget["used_seconds"] = round(used + attempt.seconds, 3)
     view = view_of(folder)
     record.progress, record.checkpoint = view.progress, view.checkpoint or record.checkpoint
     record.metrics = view.metrics
@@ -112,13 +115,10 @@ def _recover(folder: RunFolder, record: RunRecord) -> RunRecord:
     if record.runner is None or record.runner.get("boot_id") == boot_id():
         reap(process_marker(record.run_id, record.attempt), wait_seconds=REAP_SECONDS)
     leftovers.sweep_checkpoints(Path(record.checkpoint_dir))
+    leftovers.sweep_exchanges(folder)
     told = last_word.find(folder, record)
     record = told or _as_lost(folder, record)
     attempt = record.current
-    if told is None:
-        attempt.seconds = max(attempt.seconds, _seconds_between(attempt.started_at, record.ended_at))
-        used = float(record.budget.get("used_seconds") or 0.0)
-        record.budget["used_seconds"] = round(used + attempt.seconds, 3)
     record.note_processes({})
     paths = folder.attempt(record.attempt)
     if attempt.resources is None:

@@ -121,6 +121,8 @@ def _leftovers(folder: RunFolder) -> Iterator[tuple[Path, str]]:
             yield journal, "journal that is in its notebook"
     for path in leftovers.half_written(folder):
         yield path, "half-written by somebody who was killed"
+    for path in leftovers.exchanges(folder):
+        yield path, "of a distributed training that was killed"
     record = store.load(folder)
     checkpoints = Path(record.checkpoint_dir)
     for path in leftovers.half_written_checkpoints(checkpoints):

@@ -62,6 +62,7 @@ class Estimator:
         """The estimate of a checked request."""
         now = time.monotonic()
         if self._looked is None or now - self._looked > self._fresh_seconds:
+            self._past = []  # before a thousand others take its place
             self._looked, self._past, self._speed = now, read_past(self._runs_dir), machine_speed()
             self._profile = None
         return estimate_before(

@@ -22,7 +22,7 @@ from grd.runs.recovery import guardian_is_at_work
 from grd.runs.stop_request import ask_to_stop
 
 POLL_SECONDS = 0.1
-_REASONS = {signal.SIGINT: contract.SIGINT, signal.SIGTERM: contract.SIGTERM}
+REASONS = {signal.SIGINT: contract.SIGINT, signal.SIGTERM: contract.SIGTERM}
 
 
 def follow(
@@ -45,7 +45,7 @@ def follow(
     give_up = None if seconds is None else time.monotonic() + seconds
     stop_requests: list[signal.Signals] = []
     heard = 0
-    with _listening(stop_requests) if listen else contextlib.nullcontext():
+    with listening(stop_requests) if listen else contextlib.nullcontext():
         while True:
             ended = not is_under_way(folder, process)
             for event in view.read(folder.events):
@@ -98,7 +98,7 @@ def _pass_on(
 ) -> None:
     instead = None
     with contextlib.suppress(ResourceUnavailable):
-        instead = ask_to_stop(folder, _REASONS[signum], at_once=again)
+        instead = ask_to_stop(folder, REASONS[signum], at_once=again)
     if on_note is not None and instead is not None:
         on_note(instead)
     if on_note is not None:
@@ -110,7 +110,8 @@ def _pass_on(
 
 
 @contextlib.contextmanager
-def _listening(received: list[signal.Signals]) -> Iterator[None]:
+def listening(received: list[signal.Signals]) -> Iterator[None]:
+    """Collect what asks this process to end, in place of ending; off the main thread it does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -118,7 +119,7 @@ def _listening(received: list[signal.Signals]) -> Iterator[None]:
     def note(signum: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(signum))
 
-    previous = {signum: signal.signal(signum, note) for signum in _REASONS}
+    previous = {signum: signal.signal(signum, note) for signum in REASONS}
     try:
         yield
     finally:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +16,18 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import Project, wait_until
+from conftest import Project, has_ended, wait_until
+
+from grd.execution import runner_template
+from grd.files import read_json_lines
+from grd.runs.batch_folder import BatchFolder
+from grd.runs.folder import RunFolder
 
 pytestmark = pytest.mark.faults
+
+MOST_KILOBYTES = 3500
+"""For 750 more ended runs: a list of all of them while the project's page is written, and what an estimate
+needs of each."""
 
 PARAMETERS = "seed: int = 0\ntimeout = None\ncheckpoint_dir = ''\nresume = False"
 TOLD = """
@@ -195,6 +207,33 @@ def test_a_batch_goes_on_when_what_forks_its_runners_is_killed(project: Project)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="runners are forked on Linux only")
+def test_a_batch_goes_on_within_seconds_when_what_forks_its_runners_is_stopped(project: Project) -> None:
+    begin_held(project, "1..2")
+    [template] = templates(project)
+    template.suspend()
+    (project.path / "go").touch()
+    assert project.grd("batch", "wait", "last").code == 0
+    [events] = project.runs_dir.glob("batches/*/events.jsonl")
+    steps = {(e["index"], e["step"]): e["t"] for _, e in read_json_lines(events) if e["kind"] == "run"}
+    assert steps[1, "started"] - steps[0, "ended"] < 40
+    assert has_ended(template)
+    assert status(project)["counts"] == {"completed": 2}
+    nothing_is_left(project)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="runners are forked on Linux only")
+def test_an_environment_too_large_for_a_message_starts_no_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(runner_template, "start_runner", lambda *given: started.append(given))
+    template = runner_template.RunnerTemplate()
+    large = {f"LARGE_{number}": "x" * 50_000 for number in range(5)}
+    template.start(RunFolder(tmp_path / "run"), 1, -1, large)
+    assert (template.pid, started) == (None, [(RunFolder(tmp_path / "run"), 1, -1, large)])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="runners are forked on Linux only")
 def test_a_killed_coordinator_leaves_nothing_that_forks_runners(project: Project) -> None:
     runner = begin_held(project, "1..2")
     os.kill(status(project)["coordinator"]["pid"], signal.SIGKILL)
@@ -302,9 +341,21 @@ def test_a_stopped_batch_saves_and_can_be_resumed(project: Project, how: str) ->
     assert shown["cause"] == {"SIGINT": "sigint", "stop": "stopped"}.get(how, "coordinator_lost")
     assert shown["runs"][0]["cause"] == "stopped"
     (project.path / "go").touch()
-    resumed = project.grd("batch", "resume", "last", "--json")
+    if how == "stop":
+        settings = project.path.parent / "config" / "grd" / "config.toml"
+        allowed = settings.read_text()
+        settings.write_text("")
+        assert project.grd("batch", "resume", "last", "--timeout", "2h").code == 77
+        assert status(project)["counts"] == {"interrupted": 1, "cancelled": 1}
+        settings.write_text(allowed)
+        assert project.grd("batch", "resume", "last", "--timeout", "soon").code == 2
+    caps = ["--timeout", "11m", "--budget", "13m"] if how == "stop" else []
+    resumed = project.grd("batch", "resume", "last", "--json", *caps)
     assert resumed.code == 0, resumed.err
     assert resumed.json["counts"] == {"completed": 2}
+    if how == "stop":
+        kept = [project.record(project.runs_dir / run["run_id"]) for run in resumed.json["runs"]]
+        assert [(each["timeout"], each["budget"]["typed"]) for each in kept] == [(660, 780)] * 2
     assert told(project)["begun 1"] == told(project)["resumed 1"] == 1
     nothing_is_left(project)
 
@@ -321,3 +372,56 @@ def test_a_second_ctrl_c_kills_and_a_hang_up_changes_nothing(project: Project) -
     assert ended.code == 75, ended.err
     assert status(project)["counts"] == {"interrupted": 1}
     nothing_is_left(project)
+
+
+def many_completed(project: Project, keys: list[str], run: Path) -> None:
+    """Completed runs with these keys, each as ``run`` is; all but the kernels that made them."""
+    record = project.record(run)
+    (project.runs_dir / ".keys").mkdir(exist_ok=True)
+    for number, key in enumerate(keys):
+        run_id = f"20200101-000000-held-{number:06d}"
+        copy = project.runs_dir / run_id
+        copy.mkdir()
+        parameters = {"seed": number + 10, "note": f"{number} " * 5}
+        changed = {"run_id": run_id, "key": key, "folder": str(copy), "parameters": parameters}
+        (copy / "run.json").write_text(json.dumps(record | changed))
+        slot = hashlib.sha256(key.encode()).hexdigest()[:32]
+        (project.runs_dir / ".keys" / slot).write_text(f"{run_id}\n")
+
+
+def has_started(batch: BatchFolder, index: int) -> bool:
+    return any(
+        (event.get("index"), event.get("step")) == (index, "started")
+        for _, event in read_json_lines(batch.events)
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is told by /proc")
+@pytest.mark.timeout(600)
+def test_a_coordinator_takes_no_more_memory_for_four_times_as_many_ended_runs(project: Project) -> None:
+    """All of its runs but the last have ended, and all are earlier runs for the last one's estimate."""
+    waits = "import pathlib, time\nwhile seed == 1 and not pathlib.Path('go').exists():\n    time.sleep(0.05)"
+    project.notebook("held.ipynb", waits, parameters="seed: int = 0\nnote: str = ''")
+    assert project.grd("research", "held.ipynb", "-p", "seed", "2").code == 0
+    [model] = project.run_folders()
+    taken = []
+    for count in (250, 1000):
+        rows = [{"seed": number + 10, "note": f"{number} " * 5} for number in range(count)]
+        (project.path / "rows.json").write_text(json.dumps([*rows, {"seed": 1, "note": f"of {count}"}]))
+        sweep = ("sweep", "held.ipynb", "--file", "rows.json", "--jobs", "1")
+        planned = project.grd(*sweep, "--dry-run", "--json").json["runs"]
+        for old in project.runs_dir.glob("20200101-*"):
+            shutil.rmtree(old)
+        many_completed(project, [run["key"] for run in planned[:-1]], model)
+        (project.path / "go").unlink(missing_ok=True)
+        started = project.grd(*sweep, "--detach", "--json")
+        assert started.code == 0, started.err
+        batch = BatchFolder(Path(started.json["folder"]))
+        wait_until(lambda of=batch, last=count: has_started(of, last), "the start of the last run")
+        pid = status(project)["coordinator"]["pid"]
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        taken.append(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")))
+        (project.path / "go").touch()
+        assert project.grd("batch", "wait", "last").code == 0
+        assert status(project)["counts"] == {"completed": count + 1}
+    assert taken[1] - taken[0] < MOST_KILOBYTES, taken

@@ -205,11 +205,15 @@ def stop(batch: str, now: bool, no_wait: bool, runs_dir: str | None, as_json: bo
 @batch_argument()
 @click.option("--failed", is_flag=True, help="Take up failed runs again too.")
 @click.option("-j", "--jobs", type=click.IntRange(1), metavar="N", help="Another number at once.")
+@click.option("--timeout", metavar="TIME", help="Another cap on one attempt of each run.")
+@click.option("--budget", metavar="TIME", help="Another cap on all attempts of each run together.")
 @follow_options
 def resume(
     batch: str,
     failed: bool,
     jobs: int | None,
+    timeout: str | None,
+    budget: str | None,
     runs_dir: str | None,
     as_json: bool,
     quiet: bool,
@@ -217,7 +221,9 @@ def resume(
 ) -> Answer:
     """Go on with BATCH: resume its interrupted runs, start those that were not; completed ones stay."""
     waits = surface().waits if wait is None else wait
-    made = submitting.resume_batch(batch, failed=failed, jobs=jobs, runs_dir=runs_dir, wait=False)
+    made = submitting.resume_batch(
+        batch, failed=failed, jobs=jobs, timeout=timeout, budget=budget, runs_dir=runs_dir, wait=False
+    )
     return _follow(made, waits, quiet, as_json)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from typing import Any
 
 import click
 
-from grd.errors import ResourceUnavailable, UsageError
+from grd.errors import UsageError
 from grd.interfaces.cli import exit_codes
 from grd.interfaces.cli.answer import Answer, AnsweringCommand, surface
 from grd.interfaces.cli.rendering import say
@@ -16,6 +15,8 @@ from grd.settings import format_duration
 
 ENDING_SECONDS = 60.0
 """Besides the grace of what it runs: until then ``--stop`` waits for the loop's end."""
+
+LOOK_SECONDS = 0.1
 
 
 @click.command(cls=AnsweringCommand)
@@ -34,6 +35,12 @@ ENDING_SECONDS = 60.0
 @click.option("--dry-run", is_flag=True, help="Check the plan and say what would be run; starts nothing.")
 @click.option("--status", "look", is_flag=True, help="Only tell what the loop is doing.")
 @click.option("--stop", "end", is_flag=True, help="Ask the loop to save and stop, and wait for its end.")
+@click.option("--now", is_flag=True, help="With --stop: kill what it runs, without time to save.")
+@click.option(
+    "--wait/--detach",
+    default=None,
+    help="Run the loop here, or as a process of its own. Default: --wait, in %grd --detach.",
+)
 @click.option("--runs-dir", metavar="DIR", help="Where the runs lie. Default: experiments/.")
 @click.option("-q", "--quiet", is_flag=True, help="No messages on stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -44,6 +51,8 @@ def loop(
     dry_run: bool,
     look: bool,
     end: bool,
+    now: bool,
+    wait: bool | None,
     runs_dir: str | None,
     quiet: bool,
     as_json: bool,
@@ -51,9 +60,10 @@ def loop(
     """Run the notebooks of PLAN (a YAML file), cycle after cycle.
 
     A cycle whose runs do not all complete is tried again after a growing pause and its runs are resumed;
-    after three failed tries in a row the loop gives up. Ctrl-C or SIGTERM saves and stops (a second one
-    kills); the same command goes on with the same cycle. Exit code: 0 all cycles made, 1 gave up, 69 another
-    loop has this memory, 75 stopped, 77 a person must agree to more time.
+    after three failed tries in a row the loop gives up. Ctrl-C, SIGTERM or --stop saves and stops (a second
+    one, or --stop --now, kills); the same command goes on with the same cycle. A detached loop goes on
+    whatever ends the shell; --status and --stop find it by its PLAN. Exit code: 0 all cycles
+    made, 1 gave up, 69 another loop has this memory, 75 stopped, 77 a person must agree to more time.
 
     \b
     A plan:
@@ -72,22 +82,26 @@ def loop(
     Examples:
       grd loop plan.yaml --max-cycles 5 --dry-run
       grd loop plan.yaml --max-cycles 100
-      grd loop plan.yaml
+      grd loop plan.yaml --detach
+      grd loop plan.yaml --stop
     """
     from grd.batch import loop as loops
     from grd.batch import loop_state
 
     if look and end:
         raise UsageError("--status or --stop, not both")
+    if now and not end:
+        raise UsageError("--now goes with --stop")
     if plan is None and memory_path is None:
         raise UsageError("name a PLAN, or --memory-path of one that was run; see: grd loop --help")
     memory = loop_state.LoopMemory(loops.memory_folder(memory_path, plan))
     if look:
         return _answer(loop_state.shown(memory), as_json)
     if end:
-        return _answer(_stop(memory), as_json)
-    if not surface().prints and not dry_run:
-        raise UsageError("a loop would keep this kernel busy until it ends: type grd loop in a shell")
+        return _answer(_stop(memory, now=now), as_json)
+    waits = surface().waits if wait is None else wait
+    if waits and not surface().prints and not dry_run:
+        raise UsageError("a loop would keep this kernel busy until it ends: leave --wait away")
     made = loops.ContinuousResearchLoop(
         memory_path,
         max_cycles,
@@ -96,37 +110,52 @@ def loop(
         runs_dir=runs_dir,
         on_note=None if quiet else say,
     )
+    if not waits and not dry_run:
+        return _detach(made, as_json)
     ended = made.run()
     if dry_run:
-        document = {"schema": "grd.loop-dry-run/1", "plan": made.plan.origin, "cycles": ended.cycles}
+        left = None if max_cycles is None else max(0, max_cycles - ended.cycles)
+        document = {
+            "schema": "grd.loop-dry-run/1",
+            "plan": made.plan.origin,
+            "cycles": ended.cycles,
+            "to_make": left,
+        }
+        told = "cycles without an end" if left is None else f"{left} cycle{'' if left == 1 else 's'}"
+        done = f", besides the {ended.cycles} that are made" if ended.cycles else ""
         lines = [
-            f"{made.plan.origin} is sound: {ended.cycles} cycles would be made",
+            f"{made.plan.origin} is sound: {told} would be made{done}",
             "whether somebody agreed to their time is looked up when each step starts; see: grd approvals",
         ]
         return Answer(document=document, lines=lines, as_json=as_json)
     return _answer(loop_state.shown(memory), as_json, exit_codes.of_loop(ended.reason))
 
 
-def _stop(memory: Any) -> dict[str, Any]:
-    """Signal the process that runs the loop, and wait for its end. Raises ResourceUnavailable."""
+def _detach(made: Any, as_json: bool) -> Answer:
+    """Start it as a process of its own."""
     from grd.batch import loop_state
-    from grd.runs.processes import is_alive, send_signal
+    from grd.batch.loop_detached import start_detached
+
+    process = start_detached(made)
+    say(f"the loop runs as process {process.pid}; {made.memory.log} tells what it does")
+    return _answer(loop_state.shown(made.memory), as_json)
+
+
+def _stop(memory: Any, *, now: bool) -> dict[str, Any]:
+    """Leave a request in its memory, and wait for its end. Raises ResourceUnavailable."""
+    from grd.batch import loop_state
 
     told = loop_state.shown(memory)
-    who = told.get("loop") or {}
     if told["state"] in (loop_state.ENDED, loop_state.LOST):
         say("no loop is running there")
         return told
-    if not is_alive(who) or not send_signal(int(who["pid"]), who["started"], signal.SIGTERM):
-        raise ResourceUnavailable(
-            f"the loop of {memory.path} runs as process {who.get('pid')} on {who.get('host')}: stop it there"
-        )
+    memory.ask_to_stop(now=now)
     give_up = time.monotonic() + ENDING_SECONDS
-    while is_alive(who):
+    while memory.is_held():
         if time.monotonic() > give_up:
             say("it is still ending; see: grd loop --status")
             break
-        time.sleep(0.1)
+        time.sleep(LOOK_SECONDS)
     return loop_state.shown(memory)
 
 

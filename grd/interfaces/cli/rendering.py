@@ -217,7 +217,9 @@ def _position(event: dict[str, Any]) -> str:
 
 
 def format_number(value: Any) -> str:
-    """Four significant digits for floats, all of them for the rest."""
+    """Four significant digits for floats, all of them for the rest; None is a metric that was not finite."""
+    if value is None:
+        return contract.NOT_FINITE
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
