@@ -6,11 +6,11 @@ import contextlib
 import os
 import shutil
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from conftest import cannot_be_had
 
@@ -37,8 +37,9 @@ class Disk:
 
     mounted: Path
     image: Path
-    repaired: threading.Event = field(default_factory=threading.Event)
-    filling: threading.Thread | None = None
+    held: dict[int, BinaryIO] = field(default_factory=dict)
+    """Open checkpoints by inode."""
+    filled: bool = False
 
     @property
     def folder(self) -> Path:
@@ -50,33 +51,38 @@ class Disk:
         raise NotImplementedError
 
     def strike(self) -> None:
-        """From now on nothing can be written, also where older checkpoints make room for newer ones."""
-        before = self._checkpoints()
-        _fill(self.folder)
-        self.filling = threading.Thread(target=self._stay_full, args=(before,), daemon=True)
-        self.filling.start()
+        """From now on nothing can be written, also where older checkpoints make room for newer ones: what is
+        open keeps its room when it is deleted."""
+        while self._hold_checkpoints():
+            _fill(self.folder)
 
-    def _checkpoints(self) -> set[Path]:
-        with contextlib.suppress(OSError):  # what is listed may vanish meanwhile
-            return set(self.folder.rglob("checkpoint_epoch*"))
-        return set()
-
-    def _stay_full(self, seen: set[Path]) -> None:
-        while not self.repaired.wait(0.01):
-            now = self._checkpoints()
-            if seen - now:
-                _fill(self.folder)
-            seen = now
+    def _hold_checkpoints(self) -> bool:
+        """Open every checkpoint, half-written ones too; whether one was new, or this is the first look."""
+        first, before = self.filled, len(self.held)
+        self.filled = True
+        try:
+            found = list(self.folder.rglob("*checkpoint_epoch*"))
+        except OSError:  # a folder vanished meanwhile
+            return True
+        for path in found:
+            with contextlib.suppress(OSError):
+                inode = path.stat().st_ino
+                if inode not in self.held:
+                    self.held[inode] = path.open("rb")
+        return not first or len(self.held) > before
 
     def repair(self) -> None:
         """What a person does about it."""
-        self.repaired.set()
-        if self.filling is not None:
-            self.filling.join(60)
+        self._let_go()
         (self.folder / "filler").unlink()
+
+    def _let_go(self) -> None:
+        while self.held:
+            self.held.popitem()[1].close()
 
     def unmount(self) -> None:
         """Give it back, also while somebody uses it."""
+        self._let_go()
         if os.path.ismount(self.mounted):
             _run("umount", "-l", self.mounted)
 
@@ -156,6 +162,5 @@ def mounted(kind: type[Disk], place: Path) -> Iterator[Disk]:
     try:
         yield disk
     finally:
-        disk.repaired.set()
         disk.unmount()
         shutil.rmtree(place, ignore_errors=True)

@@ -108,7 +108,9 @@ def wait_for_the_deadline(project: Project, follower: Follower) -> None:
 
 
 def delete_the_run(project: Project, follower: Follower) -> None:
-    shutil.rmtree(project.only_run())
+    run = project.only_run()
+    while run.exists():  # what is being written meanwhile may be missed, or may vanish by itself
+        shutil.rmtree(run, ignore_errors=True)
 
 
 def clock_environment(project: Project) -> dict[str, str]:
