@@ -189,16 +189,17 @@ def shown(folder: RunFolder, record: RunRecord) -> dict[str, Any] | None:
     policy = policy_of(record)
     if policy is None:
         return record.retry
-    kept = _read(folder)
     made = record.attempt - policy.from_attempt + 1
     found = {**policy.to_dict(), "made": made, "state": WATCHING, "next_at": None, "why": None}
     if record.state == contract.COMPLETED:
         return {**found, "state": OVER, "why": "the run is completed"}
     if record.state in (contract.QUEUED, contract.RUNNING):
         return found
-    if _said_over(folder, record):
+    lives = retrier_lives(folder)
+    kept = _read(folder)  # after that look: it says that it gives up before it ends
+    if kept.get("state") == OVER and kept.get("attempt") == record.attempt:
         return {**found, "state": OVER, "why": kept.get("why")}
-    if not retrier_lives(folder):
+    if not lives:
         return {**found, "state": LOST, "why": "the process that would retry is gone"}
     if kept.get("state") == WAITING and kept.get("attempt") == record.attempt:
         return {**found, "state": WAITING, "next_at": kept.get("next_at"), "why": kept.get("why")}
