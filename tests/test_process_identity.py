@@ -22,6 +22,7 @@ SIGNALLED_BY_PID = {
     "execution/kernel_signals.py": "itself",
     "experiment/interruption.py": "itself",
     "experiment/checkpoint_folder.py": "signal 0, beside the start time",
+    "experiment/exchange.py": "signal 0: whoever has the pid now, its folder is left for a later look",
     "hardware/facts.py": "its own child, not yet waited for",
     "runs/processes.py": "after a look at the start time, where there is no pidfd",
 }
