@@ -219,6 +219,7 @@ def test_a_completed_run_is_resumed_only_if_something_changed(project: Project) 
     assert (same.code, "nothing changed" in same.err) == (2, True)
     longer = project.grd("resume", "last", "-p", "epochs", "4", "--json")
     assert longer.code == 0, longer.err
+    assert "epochs changed; what the checkpoint restores" in longer.err
     assert longer.json["metrics"]["final"] == 10
     assert longer.json["attempts"][1]["changes"]["parameters"] == {"epochs": {"from": 2, "to": 4}}
     assert outputs(project.only_run()) == "epoch 2\nepoch 3\n"

@@ -1,7 +1,8 @@
 """Gradients that an accumulation has gathered and no optimizer has used yet: they belong to the state.
 
 After a step of its optimizer a gradient is used up, until something is added to it. So only what was gathered
-since is saved, and a training without accumulation saves none.
+since is saved, and a training without accumulation saves none. Where gradients outlive a step, because nobody
+sets them to None, the next ones may be added to them: seen once, all are saved from then on.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from typing import Any
+
+OUTLIVE = "outlive"
 
 
 class Gradients:
@@ -19,6 +22,12 @@ class Gradients:
         self._used: dict[int, list[Any]] = {}
         """Of each optimizer: what its last step has left."""
 
+        self._steps_seen: set[int] = set()
+        """Optimizers of which two steps have told what becomes of gradients between them."""
+
+        self._outlive: set[int] = set()
+        """Optimizers whose gradients were still there at their next step."""
+
         self._hooks: list[Any] = []
 
     def watch(self) -> None:
@@ -27,7 +36,13 @@ class Gradients:
             if hasattr(optimizer, "register_step_post_hook"):
 
                 def seen(*_: Any, number: int = number) -> None:
-                    self._used[number] = [_identity(grad) for grad in self._of(number) if grad is not None]
+                    present = [grad for grad in self._of(number) if grad is not None]
+                    if number in self._used:
+                        self._steps_seen.add(number)
+                    left = (reference() for reference, _ in self._used.get(number, []))
+                    if {id(grad) for grad in left if grad is not None} & {id(grad) for grad in present}:
+                        self._outlive.add(number)
+                    self._used[number] = [_identity(grad) for grad in present]
 
                 self._hooks.append(optimizer.register_step_post_hook(seen))
 
@@ -43,9 +58,12 @@ class Gradients:
         for number in range(len(self._optimizers)):
             grads = self._of(number)
             present = [grad for grad in grads if grad is not None]
-            if not present or self._are_used(number, present):
+            known = number in self._steps_seen and number not in self._outlive
+            if not present or (known and self._are_used(number, present)):
                 continue
             gathered[str(number)] = [None if grad is None else grad.detach() for grad in grads]
+        if gathered and self._outlive:
+            gathered[OUTLIVE] = [str(number) for number in sorted(self._outlive)]
         return gathered
 
     def put_back(self, saved: Mapping[str, list[Any]]) -> None:
@@ -53,6 +71,8 @@ class Gradients:
         for number, optimizer in enumerate(self._optimizers):
             grads = saved.get(str(number))
             parameters = _parameters(optimizer)
+            if str(number) in saved.get(OUTLIVE, []):
+                self._outlive.add(number)
             if grads is None or len(grads) != len(parameters):
                 continue
             for parameter, grad in zip(parameters, grads, strict=True):

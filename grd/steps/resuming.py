@@ -196,6 +196,7 @@ def resume_folder(
         if edited is not None:
             atomic_write(paths.input, edited)
         _point_out_changed_original(record, edited is not None, on_note)
+        _point_out_what_is_restored(record, changes, on_note)
         store.save(folder, record)
     except BaseException as error:
         give_back(cap, folder.run_id, number)
@@ -375,6 +376,19 @@ def _more(record: RunRecord) -> str:
     """Twice as much as was agreed to, and more than was used."""
     hours = 2 * max(float(record.budget["seconds"]), float(record.budget.get("used_seconds") or 0.0)) / 3600
     return f"{max(1, round(hours))}h"
+
+
+def _point_out_what_is_restored(
+    record: RunRecord, changes: Mapping[str, Any], on_note: OnNote | None
+) -> None:
+    """A changed parameter may be a value that the checkpoint restores over it."""
+    if changes.get("parameters") and (record.checkpoint or {}).get("epoch") is not None:
+        names = ", ".join(sorted(changes["parameters"]))
+        tell(
+            on_note,
+            f"{names} changed; what the checkpoint restores (learning rate and other values of the "
+            "optimizer and the schedulers) goes on as saved all the same",
+        )
 
 
 def _point_out_changed_original(record: RunRecord, edited: bool, on_note: OnNote | None) -> None:
