@@ -119,14 +119,20 @@ class JsonLines:
         self.path = Path(path)
         self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Write one record. Raises OSError, and ValueError for what JSON cannot hold."""
+    def append(self, record: dict[str, Any], *, alone: bool = False) -> None:
+        """Write one record. Raises OSError, and ValueError for what JSON cannot hold.
+
+        Where a disk fills up in the midst of it, half a line stays; ``alone``, which says that nobody else
+        writes to the file, takes it back.
+        """
         line = json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str)
         data = encode_json(line) + b"\n"
         if self._ends_torn():
             data = b"\n" + data
         written = os.write(self._fd, data)
         if written != len(data):
+            if alone:
+                os.ftruncate(self._fd, os.lseek(self._fd, 0, os.SEEK_CUR) - written)
             raise OSError(errno.ENOSPC, "the line was written in part", str(self.path))
 
     def append_bytes(self, lines: bytes | bytearray) -> None:

@@ -655,6 +655,36 @@ assert keeper.load_checkpoint()["epoch"] == 0
 """
 
 
+FULL_IN_A_LINE = """
+import resource, sys, warnings
+sys.modules["torch"] = None  # the plain format does as well, and sooner
+from grd.experiment import CheckpointHandler
+from grd.errors import CheckpointError
+warnings.simplefilter("error")
+keeper = CheckpointHandler(sys.argv[1], install_signal_handlers=False)
+for epoch in range(30):
+    saved = keeper.save_checkpoint(epoch, {"w": epoch})
+manifest = saved.parent / "manifest.jsonl"
+assert manifest.stat().st_size > 2 * saved.stat().st_size
+before = manifest.read_bytes()
+resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, resource.RLIM_INFINITY))
+try:
+    keeper.save_checkpoint(30, {"w": 30})
+except CheckpointError as error:
+    print(error)
+assert manifest.read_bytes() == before
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+keeper.save_checkpoint(31, {"w": 31})
+assert keeper.load_checkpoint()["epoch"] == 31
+"""
+
+
+def test_half_a_line_of_the_manifest_is_taken_back(tmp_path: Path) -> None:
+    done = run(FULL_IN_A_LINE.replace("sys.argv[1]", repr(str(tmp_path))))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1 and "could not be saved" in done.stdout
+
+
 AT_EXIT = """
 import atexit, sys
 sys.modules["torch"] = None  # the plain format does as well, and sooner

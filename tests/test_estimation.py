@@ -594,6 +594,7 @@ def test_a_size_beyond_every_float_is_unknown_and_no_error(tmp_path: Path) -> No
     assert estimate(runs).seconds == pytest.approx(100)
     found = estimate(runs, given_parameters(epochs=HUGE))
     assert (found.seconds, found.method) == (None, "unknown")
+    assert "longer than can be reckoned" in found.basis
     assert estimate(runs, given_parameters(epochs=-HUGE)).high is not None
     of_huge = run_json(
         seconds=HUGE, state="interrupted", progress={"n": HUGE, "total": HUGE, "eta_seconds": HUGE}

@@ -484,24 +484,33 @@ def gathering(batches: int) -> Once:
     return once
 
 
+def one_model(optimizer_of: Callable[..., Any], batch: Callable[[int, Any, Any], None]) -> Any:
+    """Two epochs of one linear model: ``batch(step, optimizer, backward)`` is what becomes of each batch."""
+
+    def once(folder: Path, resume: bool, after_step: Killer) -> Any:
+        model = nn.Linear(4, 1)
+        optimizer = optimizer_of(model.parameters(), 0.001)
+        for epoch in training.epochs(
+            2, model=model, optimizer=optimizer, checkpoint_dir=folder, resume=resume, every=ALWAYS
+        ):
+            for x, y in epoch.steps(DataLoader(TensorDataset(X, Y), 16, shuffle=True)):
+                batch(epoch.step, optimizer, ((model(x) - y) ** 2).mean().backward)
+                after_step()
+        return weights(model)
+
+    return once
+
+
 def test_gradients_gathered_over_several_batches_are_not_lost(tmp_path: Path) -> None:
     check_all_kills(gathering(3), tmp_path)
 
 
 def test_gradients_that_come_in_after_the_step_of_the_same_batch_are_not_lost(tmp_path: Path) -> None:
-    def step_at_top(folder: Path, resume: bool, after_step: Killer) -> Any:
-        model = nn.Linear(4, 1)
-        optimizer = torch.optim.Adam(model.parameters(), 0.01)
-        for epoch in training.epochs(
-            2, model=model, optimizer=optimizer, checkpoint_dir=folder, resume=resume, every=ALWAYS
-        ):
-            for x, y in epoch.steps(DataLoader(TensorDataset(X, Y), 16, shuffle=True)):
-                if epoch.step % 2 == 0:
-                    optimizer.step()
-                    optimizer.zero_grad()
-                ((model(x) - y) ** 2).mean().backward()
-                after_step()
-        return weights(model)
+    def step_at_top(step: int, optimizer: Any, backward: Any) -> None:
+        if step % 2 == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+        backward()
 
     def adversarial(folder: Path, resume: bool, after_step: Killer) -> Any:
         """The generator's loss leaves gradients in the critic, which its next step uses."""
@@ -522,27 +531,19 @@ def test_gradients_that_come_in_after_the_step_of_the_same_batch_are_not_lost(tm
                 after_step()
         return [weights(model) for model in models.values()]
 
-    for name, once in {"top": step_at_top, "adversarial": adversarial}.items():
-        check_all_kills(once, tmp_path / name)
+    check_all_kills(one_model(torch.optim.Adam, step_at_top), tmp_path / "top")
+    check_all_kills(adversarial, tmp_path / "adversarial")
 
 
 @pytest.mark.parametrize("zeroed_every", [0, 2])
 def test_gradients_that_nobody_resets_after_a_step_are_not_lost(tmp_path: Path, zeroed_every: int) -> None:
-    def once(folder: Path, resume: bool, after_step: Killer) -> Any:
-        model = nn.Linear(4, 1)
-        optimizer = torch.optim.SGD(model.parameters(), 0.001)
-        for epoch in training.epochs(
-            2, model=model, optimizer=optimizer, checkpoint_dir=folder, resume=resume, every=ALWAYS
-        ):
-            for x, y in epoch.steps(DataLoader(TensorDataset(X, Y), 16, shuffle=True)):
-                if zeroed_every and epoch.step % zeroed_every == 0:
-                    optimizer.zero_grad()
-                ((model(x) - y) ** 2).mean().backward()
-                optimizer.step()
-                after_step()
-        return weights(model)
+    def seldom_zeroed(step: int, optimizer: Any, backward: Any) -> None:
+        if zeroed_every and step % zeroed_every == 0:
+            optimizer.zero_grad()
+        backward()
+        optimizer.step()
 
-    check_all_kills(once, tmp_path)
+    check_all_kills(one_model(torch.optim.SGD, seldom_zeroed), tmp_path)
 
 
 def test_gradients_that_are_used_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -484,6 +484,25 @@ def test_a_tensor_of_another_shape_is_an_error_that_names_the_part(tmp_path: Pat
         list(training.epochs(2, model=torch.zeros(3), checkpoint_dir=tmp_path, resume=True))
 
 
+@pytest.mark.parametrize(("saved", "other"), [("SGD", "Adam"), ("AdamW", "SGD"), ("Adagrad", "RMSprop")])
+def test_an_optimizer_of_another_kind_is_an_error_before_it_steps(
+    tmp_path: Path, saved: str, other: str
+) -> None:
+    def train(kind: str, epochs: int, resume: bool) -> None:
+        model = nn.Linear(2, 1)
+        optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.1)
+        for _ in training.epochs(
+            epochs, model=model, optimizer=optimizer, checkpoint_dir=tmp_path, resume=resume
+        ):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+
+    train(saved, 1, False)
+    with pytest.raises(ResumeError, match=rf"does not fit optimizer \({other}\): it is of another kind"):
+        train(other, 2, True)
+    train(saved, 2, True)
+
+
 @pytest.mark.parametrize("place", ["model", "state"])
 def test_raw_parameters_stay_those_that_the_optimizer_knows(tmp_path: Path, place: str) -> None:
     x = torch.arange(8.0).reshape(4, 2) / 8

@@ -142,7 +142,7 @@ def decide(
     low = max(factor.around(min(plain, seconds))[0], min(KERNEL_SECONDS, seconds))
     high = factor.around(max(plain, seconds))[1]
     if not math.isfinite(high):
-        return unknown(history.lower_bound(job, past))
+        return unknown(history.lower_bound(job, past), beyond=True)
     return Estimate(
         seconds=seconds,
         low=min(low, seconds),
@@ -154,17 +154,21 @@ def decide(
     )
 
 
-def unknown(seconds: float) -> Estimate:
-    """Nothing tells how long it takes; it has gone on for ``seconds`` before without coming to its end."""
-    if seconds > 0:
+def unknown(seconds: float, *, beyond: bool = False) -> Estimate:
+    """Nothing tells how long it takes; it has gone on for ``seconds`` before without coming to its end.
+
+    ``beyond``: by earlier runs it would take longer than a number can say.
+    """
+    if beyond:
+        basis = "by the size of earlier runs it would take longer than can be reckoned; look at the parameters"
+    elif seconds > 0:
         basis = "no run of this notebook has come to its end, and none told its progress; one was stopped"
-        return Estimate(
-            seconds=None, low=seconds, high=None, method="unknown", basis=basis, confidence=UNKNOWN
-        )
-    basis = "no run of this notebook has come to its end here; the run itself says more after its first steps"
+    else:
+        basis = "no run of this notebook has come to its end here; the run itself says more after its first steps"
     return Estimate(
-        seconds=None, low=KERNEL_SECONDS, high=None, method="unknown", basis=basis, confidence=UNKNOWN
-    )
+        seconds=None, low=seconds or KERNEL_SECONDS, high=None, method="unknown", basis=basis,
+        confidence=UNKNOWN,
+    )  # fmt: skip
 
 
 def _machine(folder: RunFolder) -> tuple[str | None, bool]:

@@ -50,9 +50,9 @@ class Seen:
     last_call: bool = False
     """The cell had been asked to stop and was interrupted because the grace was nearly over."""
     guardian_lost: bool = False
+    """The kernel's guardian was killed, and the kernel died with it."""
     guardian_silent: bool = False
     """It was given up because it stood still, not killed by somebody else."""
-    """The kernel's guardian was killed, and the kernel died with it."""
     oom: out_of_memory.Verdict | None = None
     """What is known of a death by SIGKILL."""
     grace: float | None = None

@@ -188,7 +188,7 @@ def append_entry(folder: Path, entry: Entry) -> None:
     record = asdict(entry)
     lines = JsonLines(folder / MANIFEST_NAME)
     try:
-        lines.append({**record, _CHECKSUM: _checksum(record)})
+        lines.append({**record, _CHECKSUM: _checksum(record)}, alone=True)
         lines.sync()
     finally:
         lines.close()

@@ -204,13 +204,14 @@ class PuttingBack:
             else:
                 item.load_state_dict(saved)
                 self._note_tensors(item, saved)
+                _check_options(item)
         except ResumeError:
             raise
         except Exception as error:
             text = str(error).strip().splitlines() or [type(error).__name__]
             raise ResumeError(
                 f"the checkpoint does not fit {name} ({type(item).__name__}): {' '.join(text)[:300]}; "
-                "resume with the same model, or start fresh with resume=False"
+                "resume with the same, or start fresh with resume=False"
             ) from error
 
     def _note_tensors(self, item: Any, saved: Any) -> None:
@@ -270,6 +271,17 @@ def _is_object(item: Any) -> bool:
     return (
         hasattr(item, "load_state_dict") or hasattr(item, "state_dict") or _generator_kind(item) is not None
     )
+
+
+def _check_options(item: Any) -> None:
+    """Raise ValueError for an optimizer that was given another one's state: torch takes it without a look,
+    and fails, or steps otherwise, at the first step."""
+    options, groups = getattr(item, "defaults", None), getattr(item, "param_groups", None)
+    if not isinstance(options, dict) or not isinstance(groups, list):
+        return
+    missing = {name for name in options for group in groups if name not in group}
+    if missing:
+        raise ValueError(f"it is of another kind of optimizer, without {', '.join(sorted(missing))}")
 
 
 def _state_of(item: Any) -> Any:
