@@ -211,6 +211,65 @@ def test_what_stands_outside_of_the_steps_counts_once(tmp_path: Path, where: str
     check_all_kills(once, tmp_path, each=3)
 
 
+def reading_weights_at_the_top(passes: int = 1, looks: list[float] | None = None) -> Once:
+    """Each epoch begins with a copy of the weights, which its steps use; ``looks`` gets their sum."""
+
+    def once(folder: Path, resume: bool, after_step: Killer) -> Any:
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        state: dict[str, Any] = {"seen": [], "moments": 0}
+        for epoch in training.epochs(
+            3, model=model, optimizer=optimizer, state=state, checkpoint_dir=folder, resume=resume,
+            every=ALWAYS,
+        ):  # fmt: skip
+            anchor = [parameter.detach().clone() for parameter in model.parameters()]
+            total = sum(float(item.sum()) for item in anchor)
+            state["seen"].append((total, len(optimizer.state)))
+            if looks is not None:
+                looks.append(total)
+            for number in range(passes):
+                for x, y in epoch.steps(DataLoader(TensorDataset(X, Y), 24, shuffle=True)):
+                    optimizer.zero_grad()
+                    loss = ((model(x) - y) ** 2).mean()
+                    for parameter, before in zip(model.parameters(), anchor, strict=True):
+                        loss = loss + (1 + number) * (parameter - before).square().sum()
+                    loss.backward()
+                    optimizer.step()
+                    after_step()
+                state["moments"] += len(optimizer.state)
+            epoch.log(loss=float("nan"))
+        return weights(model), state, repr(training.history)
+
+    return once
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_weights_that_are_read_at_the_top_of_an_epoch_are_those_of_its_beginning(
+    tmp_path: Path, passes: int
+) -> None:
+    check_all_kills(reading_weights_at_the_top(passes), tmp_path, each=passes)
+
+
+@pytest.mark.parametrize("start", ["there", "gone", "of another training"])
+def test_only_a_checkpoint_of_this_very_training_tells_how_an_epoch_began(tmp_path: Path, start: str) -> None:
+    looks: list[float] = []
+    once = reading_weights_at_the_top(looks=looks)
+    torch.manual_seed(1)
+    with pytest.raises(Killed):
+        once(tmp_path, False, Killer(5))
+    if start == "gone":
+        (tmp_path / "checkpoint_epoch_0.pt").unlink()
+    elif start == "of another training":
+        handler = CheckpointHandler(tmp_path, install_signal_handlers=False)
+        content = handler.load_checkpoint(epoch=0)
+        assert content is not None
+        content["history"][0]["loss"] = 1.0  # that epoch was trained another time, otherwise
+        handler.save_checkpoint(**content)
+    once(tmp_path, True, Killer(None))
+    assert len(looks) == 4, "at 0 and 1, and after the resume at 1 and 2"
+    assert (looks[2] == looks[1]) is (start == "there"), "else it is that of the interruption"
+
+
 def test_a_decision_by_the_users_state_is_taken_again_as_it_was_at_first(tmp_path: Path) -> None:
     def once(folder: Path, resume: bool, after_step: Killer) -> Any:
         first, second = nn.Linear(4, 4), nn.Linear(4, 1)

@@ -160,11 +160,15 @@ def unknown(seconds: float, *, beyond: bool = False) -> Estimate:
     ``beyond``: by earlier runs it would take longer than a number can say.
     """
     if beyond:
-        basis = "by the size of earlier runs it would take longer than can be reckoned; look at the parameters"
+        basis = (
+            "by the size of earlier runs it would take longer than can be reckoned; look at the parameters"
+        )
     elif seconds > 0:
         basis = "no run of this notebook has come to its end, and none told its progress; one was stopped"
     else:
-        basis = "no run of this notebook has come to its end here; the run itself says more after its first steps"
+        basis = (
+            "no run of this notebook has come to its end here; the run itself says more after its first steps"
+        )
     return Estimate(
         seconds=None, low=seconds or KERNEL_SECONDS, high=None, method="unknown", basis=basis,
         confidence=UNKNOWN,

@@ -51,9 +51,10 @@ class Epoch(int):
     ``state`` is saved inside the epoch too, and empty at its beginning: running sums belong there, since
     local variables of an interrupted epoch are lost. Code before the first pass over batches and between two
     passes runs again at a resume inside the epoch. It finds the random generators, the scheduler, the scaler
-    and the small values of the training's ``state`` as it found them at first; model, optimizer and
-    ``epoch.state`` are already those of the interruption. What it does to any of them is undone where the
-    interrupted pass goes on.
+    and the small values of the training's ``state`` as it found them at first. Model and optimizer are those
+    of the epoch's beginning at its top, if there is still a checkpoint of that. Else, and between passes,
+    they are already those of the interruption, as ``epoch.state`` always is. What that code does to any of
+    them is undone where the interrupted pass goes on.
     """
 
     state: dict[str, Any]

@@ -72,25 +72,34 @@ class LiveState:
 
     def put_back(self, saved: Mapping[str, Any], *, on_missing: Callable[[str], None]) -> None:
         """Make everything what it was; the random generators are left to the caller. Raises ResumeError."""
+        self.expect(saved, on_missing=on_missing)
         putting = PuttingBack()
+        for name, part in self._restored:
+            putting.restore(part, saved[name], name.removesuffix("_state"))
+        self._put_back_the_rest(saved)
+
+    def expect(self, saved: Mapping[str, Any], *, on_missing: Callable[[str], None]) -> None:
+        """Leave everything as it is; ``saved`` is what `undo` will be given."""
         for name, part in self.parts.items():
             if saved.get(name) is None:
                 on_missing(name)
-            else:
-                putting.restore(part, saved[name], name.removesuffix("_state"))
-                self._restored.append((name, part))
-                if isinstance(part, UserState):
-                    self._new_keys = {key for key in part.values if key not in saved[name]}
-        self._put_back_the_rest(saved)
+                continue
+            self._restored.append((name, part))
+            if isinstance(part, UserState):
+                self._new_keys = part.unknown_to(saved[name])
 
     def undo(self, saved: Mapping[str, Any]) -> None:
-        """Make it what `put_back` made it, whatever code that ran again has done. Raises ResumeError."""
+        """Make it what ``saved`` says, whatever code that ran again has done. Raises ResumeError."""
         putting = PuttingBack()
         for name, part in self._restored:
             if isinstance(part, UserState):
                 part.forget_others(saved[name], keep=self._new_keys)
             putting.restore(part, saved[name], name.removesuffix("_state"))
         self._put_back_the_rest(saved)
+
+    def fits(self, saved: Mapping[str, Any]) -> bool:
+        """Whether ``saved`` has all parts that are restored here."""
+        return all(saved.get(name) is not None for name, _ in self._restored)
 
     def _put_back_the_rest(self, saved: Mapping[str, Any]) -> None:
         self._gradients.put_back(saved.get("gradients") or {})

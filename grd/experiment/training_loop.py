@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from grd import contract
-from grd.errors import ResumeError, UsageError
+from grd.errors import CheckpointError, ResumeError, UsageError
 from grd.experiment import checkpoint_file, interruption, rng
+from grd.experiment.checkpoint_folder import available_epochs
 from grd.experiment.checkpoint_handler import AsyncSave, CheckpointHandler
 from grd.experiment.counting import BatchSizes, Count
 from grd.experiment.epoch import Epoch, Inside
@@ -45,6 +46,9 @@ class Loop:
     _first: int = 0
     _inside: Inside | None = None
     _restored_from: tuple[int, int | None] | None = None
+    _at_start: bool = False
+    """Whether the parts are those of the interrupted epoch's beginning, for the code that stands there."""
+
     _ended_early: bool = False
     _seed: int = 0
     _armed: object | None = None
@@ -98,8 +102,32 @@ class Loop:
         epoch = Epoch.begin(self, index, resumed)
         if resumed is not None and not resumed.outside:
             rng.restore(resumed.rng_at_epoch or {})
+        if resumed is not None and index > 0:
+            self._find_start(index, resumed)
         self._look_outside(epoch, 0)
         return epoch
+
+    def _find_start(self, index: int, resumed: Inside) -> None:
+        """Make the parts those of the beginning of epoch ``index``, if there is a checkpoint of it yet."""
+        saved = None
+        if self.handler is not None and index - 1 in available_epochs(self.handler.checkpoint_dir):
+            with contextlib.suppress(CheckpointError):
+                saved = self.handler.load_checkpoint(epoch=index - 1, allow_pickle=self.allow_pickle)
+        if saved is not None and self._is_start(saved, resumed):
+            self._live.undo(saved)
+            self._at_start = True
+
+    def _is_start(self, saved: dict[str, Any], resumed: Inside) -> bool:
+        """Whether ``saved`` is of this very training: an epoch may have been trained again otherwise."""
+        if not resumed.outside or saved.get("rng") is None or not self._live.fits(saved):
+            return False
+        same = not rng.differing(saved["rng"], resumed.outside[0]["rng"])
+        return same and repr(saved.get("history")) == repr(self.history)  # text, since NaN is not NaN
+
+    def _leave_start(self) -> None:
+        if self._at_start:
+            self._live.undo(self._saved_again())
+            self._at_start = False
 
     # --- inside an epoch ---
 
@@ -123,6 +151,7 @@ class Loop:
         epoch._call += 1
         resumed = epoch._resumed
         if resumed is not None and epoch._call < resumed.call:
+            self._leave_start()
             self._look_outside(epoch, epoch._call + 1)
             return  # done before the interruption
         steps = steps_of(loader, self._seed, int(epoch))
@@ -184,11 +213,16 @@ class Loop:
         """Undo what code outside of the steps has done since the epoch began: it was done before the save."""
         epoch._resumed = None
         epoch._gathered(resumed)
+        self._at_start = False
+        self._live.undo(self._saved_again())
+
+    def _saved_again(self) -> dict[str, Any]:
+        """The checkpoint that this training goes on from. Raises ResumeError."""
         # Read again rather than kept since: the memory for a second state may not be there.
         saved = self.handler.load_checkpoint(allow_pickle=self.allow_pickle) if self.handler else None
         if saved is None or (int(saved["epoch"]), saved.get("step")) != self._restored_from:
             raise ResumeError("the checkpoint that this training goes on from is gone: resume it once more")
-        self._live.undo(saved)
+        return saved
 
     def _step_done(self, epoch: Epoch, steps: Steps, done: int) -> None:
         self._saving.hear(wait=False)
@@ -297,9 +331,15 @@ class Loop:
         if saved is None:
             self._seed = rng.process_seed() if self.seed is None else int(self.seed)
             return
-        self._live.put_back(saved, on_missing=self._tell_of_missing)
-        self.history.extend(saved.get("history") or [])
         training = saved.get("training") or {}
+        inside = training.get("inside")
+        self._first = int(saved["epoch"]) + 1
+        self._at_start = inside is not None and self._first == 0 and bool(inside.get("outside"))
+        if self._at_start:  # the notebook has just made what the first epoch begins with
+            self._live.expect(saved, on_missing=self._tell_of_missing)
+        else:
+            self._live.put_back(saved, on_missing=self._tell_of_missing)
+        self.history.extend(saved.get("history") or [])
         if training.get("after_another") and not self._after_another:
             self._warn(
                 "another",
@@ -310,9 +350,7 @@ class Loop:
         self._seed = int(training.get("seed", rng.process_seed() if self.seed is None else self.seed))
         self._live.carried.put_back(training.get("loaders") or {})
         self._ended_early = bool(training.get("ended_early", False))
-        self._first = int(saved["epoch"]) + 1
         self._restored_from = (int(saved["epoch"]), saved.get("step"))
-        inside = training.get("inside")
         if inside is not None and self._first < self.total:
             self._inside = Inside(**inside)
         elif saved.get("rng") is not None:

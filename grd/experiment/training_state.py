@@ -62,6 +62,10 @@ class UserState:
         self._keys += [key for key in removed if key not in self._keys]
         (putting or PuttingBack()).put(self.values, wanted, "state")
 
+    def unknown_to(self, saved: Mapping[str, Any]) -> set[Any]:
+        """The keys that a changed notebook has added: neither ``saved`` nor removed before that."""
+        return {key for key in self.values if key not in saved and key not in saved.get(_REMOVED, ())}
+
     def forget_others(self, saved: Mapping[str, Any], *, keep: Collection[Any]) -> None:
         """Remove what is neither ``saved`` nor in ``keep``: code that ran again has made it."""
         for key in [key for key in self.values if key not in saved and key not in keep]:
