@@ -6,11 +6,13 @@ import contextlib
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,23 @@ def test_the_command_that_is_named_for_a_resume_counts_what_was_used(strict: Pro
     assert newest(strict)["budget"]["agreed"] == "grant"
 
 
+def test_a_shorter_limit_of_an_agent_leaves_the_agreement_as_a_person_typed_it(strict: Project) -> None:
+    (strict.path / "grd.toml").write_text('long_running_threshold = "5s"\n')
+    typed = at_terminal(strict, "research", "waits.ipynb", "--timeout", "3h", "--detach")
+    assert typed.code == 0, typed.err
+    for options in (["--timeout", "8m"], []):
+        strict.wait_for_event("progress", name="epochs")
+        assert strict.grd("stop", "last", "--now").code == 0
+        record = strict.record()
+        record["budget"]["used_seconds"] = 900.0
+        (strict.only_run() / "run.json").write_text(json.dumps(record))
+        resumed = strict.grd("resume", "last", "--detach", *options)
+        assert resumed.code == 0, resumed.err
+        budget = strict.record()["budget"]
+        assert (budget["agreed"], budget["seconds"]) == ("typed", 10800.0)
+    assert strict.grd("stop", "last", "--now").code == 0
+
+
 def test_a_budget_that_is_used_up_is_not_mended_by_a_grant(strict: Project) -> None:
     (strict.path / "grd.toml").write_text('long_running_threshold = "5s"\n')
     record = used_up(strict, 4 * 3600)
@@ -245,6 +264,41 @@ def test_the_total_of_a_grant_holds_for_runs_at_once(strict: Project) -> None:
     assert [row["id"] for row in shown] == [given["id"]]
 
 
+DIES = "import os, signal, time\nos.kill(os.getpid(), signal.SIGKILL)"
+
+
+@pytest.mark.parametrize("batch", [False, True], ids=["run", "batch"])
+def test_revoking_ends_a_retry_that_waits(strict: Project, batch: bool) -> None:
+    """Also where the next grant would let it go on."""
+    strict.notebook("dies.ipynb", DIES, parameters=PARAMETERS)
+    late = {"GRD_RETRY_DELAY": "1h", "GRD_RETRY_MAX_DELAY": "1h"}
+    command = ["sweep", "dies.ipynb", "--force", "-g", "epochs", "1"] if batch else ["research", "dies.ipynb"]
+    where = "batches/*/events.jsonl" if batch else "*/retry.json"
+
+    def pauses() -> list[float]:
+        told = [path.read_text() for path in sorted(strict.runs_dir.glob(where))]
+        if batch:
+            return [float(found) for text in told for found in re.findall(r"is resumed in (\S+) s", text)]
+        ends = [kept["next_at"] for kept in map(json.loads, told) if kept["next_at"]]
+        return [datetime.fromisoformat(end).timestamp() - time.time() for end in ends]
+
+    given = grant(strict, "--total", "5h")
+    for number in range(1, 4):  # a pause is drawn at random
+        started = strict.grd(*command, "--timeout", "1h", "--max-attempts", "3", "--detach", env=late)
+        assert started.code == 0, started.err
+        wait_until(lambda number=number: len(pauses()) >= number, "the wait for the next attempt")
+        if pauses()[-1] > 120:
+            break
+    assert strict.grd("revoke", given["id"]).code == 0
+    grant(strict, "--total", "6h")
+    ended = strict.grd(*(["batch"] if batch else []), "wait", "last")
+    assert ended.code == 75, ended.err
+    told = strict.grd(*(["batch"] if batch else []), "status", "last").out
+    assert len(strict.record(strict.run_folders()[-1])["attempts"]) == 1
+    if not batch:
+        assert f"none follows: grant {given['id']} was taken back" in told
+
+
 def test_revoking_stops_a_run_gracefully_in_its_midst(strict: Project) -> None:
     given = grant(strict, "--total", "2h")
     process = strict.start("research", "waits.ipynb", "--timeout", "1h", "--json")
@@ -280,7 +334,13 @@ def test_a_grant_of_which_a_run_has_all_can_be_taken_back_with_all_others(strict
     assert strict.grd("research", "waits.ipynb", "--detach").code == 0
     strict.wait_for_event("progress", name="epochs")
     row = strict.grd("approvals", "--json").json["grants"][0]
-    assert (row["state"], row["revocable"]) == ("used up", True)
+    assert (row["state"], row["revocable"]) == ("in use", True)
+    assert [row[f"{name}_seconds"] for name in ("left", "used", "reserved")] == [0, 0, 3600]
+    refused = strict.grd("research", "waits.ipynb", "--timeout", "20m")
+    assert refused.code == 77
+    run = strict.record()["run_id"]
+    assert f"reserved by {run} until" in refused.err and f"grd wait {run}" in refused.err
+    assert "1h reserved by runs under way" in strict.grd("approvals").out
     assert f"grd revoke {given['id']}" in strict.grd("approvals").out
     revoked = strict.grd("revoke", "--all")
     assert revoked.code == 0, revoked.err

@@ -465,6 +465,20 @@ def test_a_long_timeout_that_nobody_agreed_to_is_refused() -> None:
     assert (short.action, short.attempt, short.total) == ("start", 500.0, 600.0)
 
 
+def test_a_shorter_limit_where_nobody_sits_is_within_what_a_person_typed() -> None:
+    before = replace(BARE, agreed_before="typed", agreed_timeout=10800.0, used=900.0)
+    found = decide(replace(before, timeout=480.0, typed_now=True))
+    assert (found.action, found.agreed, found.attempt, found.total) == ("start", "typed", 480.0, 10800.0)
+    plain = decide(replace(before, timeout=480.0, agreed_timeout=480.0, agreed_total=10800.0))
+    assert (plain.agreed, plain.attempt, plain.total) == ("typed", 480.0, 10800.0), "the agreement stays"
+    of_all = replace(before, agreed_timeout=3600.0, agreed_total=14400.0, budget=14400.0, typed_now=True)
+    assert decide(replace(of_all, timeout=3000.0)).total == 14400.0
+    assert decide(replace(of_all, budget=7200.0, timeout=3600.0)).total == 7200.0
+    for beyond in ({"timeout": 3700.0}, {"budget": 14500.0}, {"used": 14400.0, "timeout": 3600.0}):
+        assert decide(replace(of_all, **beyond)).action == "refuse", beyond
+    assert decide(replace(before, timeout=480.0, typed_now=True, agreed_before="default")).total == 600.0
+
+
 def test_the_users_own_settings_file_may_agree_for_headless_commands() -> None:
     found = decide(replace(LONG, allowed=True))
     assert (found.action, found.agreed, found.attempt) == ("start", "allowed", 10800.0)

@@ -100,7 +100,8 @@ def test_stop_saves_and_stop_now_kills(project: Project) -> None:
     )
     assert first["checkpoint"]["epoch"] >= 1
     seen = len(trained(project, folder))
-    assert project.grd("resume", run, "--detach").code == 0
+    resumed = project.grd("resume", run, "--detach")
+    assert resumed.code == 0 and "next" not in resumed.out, "it is resumed already"
     wait_until(lambda: len(trained(project, folder)) > seen, "an epoch of the second attempt")
     assert project.grd("stop", run, "--now").code == 0
     second = project.record(folder)

@@ -32,6 +32,10 @@ class Facts:
     """Whether one of both was typed with this very command."""
     agreed_before: str = DEFAULT
     """How earlier attempts of the run were agreed to."""
+    agreed_timeout: float | None = None
+    """What a person typed for each attempt before, if ``agreed_before`` is `TYPED`; None if nothing."""
+    agreed_total: float | None = None
+    """The same for all of them together."""
     person: bool
     """Whether a person is there to be asked."""
     threshold: float
@@ -71,6 +75,9 @@ def decide(facts: Facts) -> Decision:
         return Decision(action=START, agreed=TYPED, total=facts.budget, attempt=facts.timeout)
     if facts.agreed_before == TYPED and not facts.typed_now:
         return _goes_on(facts, TYPED)
+    if facts.agreed_before == TYPED and _is_within_what_was_typed(facts):
+        total = _typed_total(facts) if facts.budget is None else facts.budget
+        return Decision(action=START, agreed=TYPED, total=total, attempt=facts.timeout)
     if facts.granted is not None and facts.granted_left is not None:
         fits = wanted is None or wanted <= facts.granted
         if fits and facts.granted - facts.used > 0 and facts.granted_left > 0:
@@ -113,8 +120,21 @@ def _goes_on(facts: Facts, agreed: str) -> Decision:
     """A person may go on as before; where nobody is there, all attempts get together what was typed."""
     total = facts.budget
     if total is None and not facts.person:
-        total = max(facts.timeout or 0.0, facts.threshold)
+        total = max(facts.timeout or 0.0, _typed_total(facts) if agreed == TYPED else facts.threshold)
     return Decision(action=START, agreed=agreed, total=total, attempt=facts.timeout)
+
+
+def _typed_total(facts: Facts) -> float:
+    """What all attempts get together where nobody is there, by what a person typed."""
+    return max(facts.agreed_total or 0.0, facts.agreed_timeout or 0.0, facts.threshold)
+
+
+def _is_within_what_was_typed(facts: Facts) -> bool:
+    """Whether limits that were typed where nobody sits ask for no more than a person has agreed to."""
+    total = _typed_total(facts)
+    attempt = total if facts.agreed_timeout is None else facts.agreed_timeout
+    budget = total if facts.budget is None else facts.budget
+    return facts.used < budget <= total and (facts.timeout is None or facts.timeout <= attempt)
 
 
 def _refusal(facts: Facts, wanted: float | None) -> str:

@@ -106,18 +106,34 @@ class Ledger:
         """Seconds of a grant that were used or are reserved."""
         return sum(self.used.get(grant_id, {}).values())
 
+    def reserved(self, grant_id: str) -> float:
+        """Of these the seconds that attempts under way may take: what they took is known at their end."""
+        of_grant = self.used.get(grant_id, {})
+        return sum(of_grant.get(attempt, 0.0) for attempt, by in self.open.items() if by == grant_id)
+
+    def holders(self, place: Place, moment: Moment) -> list[str]:
+        """The runs under way that have taken all that is left of the grants for a run at ``place``."""
+        names = {
+            grant.id
+            for grant in self.grants.values()
+            if grant.scope.covers(place) and self.state_of(grant, moment) == "in use"
+        }
+        return sorted({run for (run, _), by in self.open.items() if by in names and run != place.run_id})
+
     def time_at(self, moment: Moment, grant: Grant | None = None) -> float:
         """The wall clock at ``moment``, as far as it can be believed: ends of grants are counted by it."""
         made = None if grant is None else grant.made
         return true_time(moment, [past for past in (made, self.last) if past is not None])
 
     def state_of(self, grant: Grant, moment: Moment) -> str:
-        """valid, revoked, expired, or used up."""
+        """valid, revoked, expired, used up; or in use, where runs under way may take all that is left."""
         if grant.revoked_at is not None:
             return "revoked"
         if self.seconds_to_end(grant, moment) <= 0:
             return "expired"
-        return "valid" if self.left(grant, moment) > 0 else "used up"
+        if self.left(grant, moment) > 0:
+            return "valid"
+        return "in use" if self.reserved(grant.id) > 0 else "used up"
 
     def can_be_revoked(self, grant: Grant, moment: Moment) -> bool:
         """Whether taking it back changes anything: it is valid, or an attempt that has not ended uses it."""

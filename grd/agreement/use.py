@@ -34,6 +34,17 @@ class Revocation:
             self._seen = seen
         return self._revoked
 
+    @classmethod
+    def of(cls, attempt: Attempt) -> Revocation | None:
+        """That of the grant that ``attempt`` was started with; None if it had none."""
+        grant = (attempt.cap or {}).get("grant")
+        return None if grant is None else cls(str(grant))
+
+    @property
+    def text(self) -> str:
+        """What there is to say once it has come."""
+        return f"grant {self._grant} was taken back"
+
 
 class End:
     """The end of a grant, to be asked often: the log is read once."""
@@ -77,7 +88,7 @@ class GrantInUse:
         if self._grant is None:
             return None
         if cause == contract.REVOKED:
-            return f"grant {self._grant} was taken back"
+            return Revocation(self._grant).text
         if cause == contract.APPROVAL_REQUIRED and self._bounded_by_end:
             return f"grant {self._grant} has ended; a person types: grd approve"
         return None

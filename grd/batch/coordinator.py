@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from grd import contract
+from grd.agreement.use import Revocation
 from grd.batch import record as records
 from grd.batch.jobs import make_job
 from grd.batch.placements import Handle, Placement
@@ -76,6 +77,8 @@ class Coordinator:
         self._pending = deque(self._unfinished())
         self._delayed: dict[int, float] = {}
         """Monotonic time before which a run is not begun again."""
+        self._revocations: dict[int, Revocation] = {}
+        """Of the grants that those which wait so were started with."""
         self._active: dict[int, Handle] = {}
         self._retried: set[int] = set()
         self._signalled: str | None = None
@@ -103,6 +106,7 @@ class Coordinator:
             )
         while self._active or self._pending:
             self._hear()
+            self._heed_revocations()
             self._fill()
             if self._active:
                 self._placement.wait(list(self._active.values()), LOOK_SECONDS)
@@ -153,6 +157,16 @@ class Coordinator:
         self._note("killing all runs" if at_once else f"stopping: {reason}")
         for handle in self._active.values():
             self._stop(handle, at_once=at_once)
+
+    def _heed_revocations(self) -> None:
+        """Forget what waits to be resumed on a grant that somebody has taken back."""
+        for index, revocation in list(self._revocations.items()):
+            if index not in self._pending:
+                del self._revocations[index]
+            elif revocation.has_come():
+                del self._revocations[index]
+                self._pending.remove(index)
+                self._note(f"run {index + 1} is not resumed: {revocation.text}")
 
     def _stop(self, handle: Handle, *, at_once: bool) -> None:
         try:
@@ -271,6 +285,9 @@ class Coordinator:
         why = f"attempt {record.attempt} ended: {record.cause}"
         self._note(f"run {run.index + 1} is resumed in {delay:.1f} s: {why}")
         self._delayed[run.index] = time.monotonic() + delay
+        revocation = Revocation.of(record.current)
+        if revocation is not None:
+            self._revocations[run.index] = revocation
         self._pending.append(run.index)
         return True
 

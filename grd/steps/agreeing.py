@@ -13,6 +13,7 @@ from typing import Any
 from grd import contract
 from grd.agreement import allocation, decision, grants
 from grd.agreement.book import Book, is_allowed_headless
+from grd.agreement.clock import now
 from grd.agreement.decision import Decision, Facts
 from grd.agreement.grants import EVERYWHERE, PROJECT, RUN, Grant, Place, Scope
 from grd.agreement.person import identity, who_can_answer
@@ -93,6 +94,8 @@ class Wanted:
     grace: float
     used: float = 0.0
     agreed_before: str = decision.DEFAULT
+    agreed_timeout: float | None = None
+    agreed_total: float | None = None
     estimate: Estimate | None = None
 
 
@@ -118,6 +121,8 @@ def agree(
         used=wanted.used,
         typed_now=wanted.typed_now,
         agreed_before=wanted.agreed_before,
+        agreed_timeout=wanted.agreed_timeout,
+        agreed_total=wanted.agreed_total,
         person=who is not None,
         threshold=settings.long_running_threshold,
         default_timeout=settings.default_timeout,
@@ -132,7 +137,7 @@ def agree(
     decided = decision.decide(facts)
     if decided.action == decision.REFUSE:
         helps = _how_to_have_time(facts) if in_job else _how_to_grant(book, wanted)
-        raise ApprovalRequired(f"{decided.why}; {helps}")
+        raise ApprovalRequired(f"{decided.why}; {'' if in_job else _who_has_it(book, wanted)}{helps}")
     if decided.action == decision.ASK:
         return _ask(book, wanted, facts, decided, asker, who)
     if decided.agreed == decision.TYPED and wanted.typed_now:
@@ -259,6 +264,18 @@ def _how_to_grant(book: Book, wanted: Wanted) -> str:
         seconds = max(seconds, wanted.timeout, wanted.used + rest)
     caps = f"--max {_typed(seconds)} --total {_typed(max(seconds, SESSION_SECONDS))}"
     return f"a person types, in {wanted.place.project}: grd approve {caps}"
+
+
+def _who_has_it(book: Book, wanted: Wanted) -> str:
+    """Of a grant that would be there, if runs under way had not reserved all of it."""
+    held_by = book.ledger()[0].holders(wanted.place, now())
+    if not held_by:
+        return ""
+    more = "" if len(held_by) == 1 else f" and {len(held_by) - 1} more"
+    return (
+        f"all that a grant has left is reserved by {held_by[0]}{more} until it ends and gives back what it "
+        f"has not used (grd wait {held_by[0]}); or "
+    )
 
 
 def _how_to_have_time(facts: Facts) -> str:

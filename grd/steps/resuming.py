@@ -157,9 +157,10 @@ def resume_folder(
         changes = _apply_changes(
             folder, record, parameters, notebook, from_epoch, allow_unknown=allow_unknown
         )
+        timeout_before = record.timeout
         _apply_limits(record, changes, timeout, budget, grace)
         typed = batch_id is None and (timeout is not None or budget is not None)
-        agreed = _agree(folder, record, typed, ask, batch_id)
+        agreed = _agree(folder, record, typed, ask, batch_id, timeout_before)
         used = float(record.budget.get("used_seconds") or 0.0)
         record.budget = {**agreed.budget(used), "typed": record.budget.get("typed")}
         if start_timeout is not None:
@@ -187,6 +188,7 @@ def resume_folder(
         record.attempt, record.lineage = attempt.number, attempt.lineage
         record.attempts.append(attempt)
         record.state, record.cause, record.detail = contract.QUEUED, None, None
+        record.resumable, record.resume_command = False, None
         record.runner = None  # the last attempt's: this one has none yet, on whatever machine
         record.grd_version = grd.__version__
         # Before anything is changed: an attempt that finds no room could not even tell of its end.
@@ -308,7 +310,8 @@ def _agree(
     record: RunRecord,
     typed_now: bool,
     ask: Asker | Answered | None,
-    batch_id: str | None = None,
+    batch_id: str | None,
+    timeout_before: float | None,
 ) -> Agreed:
     budget = record.budget
     typed = budget.get("typed", budget.get("seconds") if budget.get("agreed") == "typed" else None)
@@ -329,6 +332,8 @@ def _agree(
         grace=record.grace,
         used=float(budget.get("used_seconds") or 0.0),
         agreed_before=str(budget.get("agreed") or decision.DEFAULT),
+        agreed_timeout=timeout_before,
+        agreed_total=budget.get("seconds"),
     )
     return agree(wanted, settings, asker=ask)
 

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from grd import contract
+from grd.agreement.use import LOOK_SECONDS, Revocation
 from grd.backoff import full_jitter
 from grd.errors import ConfigurationError, GrdError, ResourceUnavailable, RunBusy, RunNotFound
 from grd.execution.launch import RunnerProcess
@@ -77,11 +78,15 @@ class Retrier:
             next_at = time.time() + seconds
             retry.write(self.folder, retry.WAITING, record.attempt, decision.why, next_at=next_at)
             self._say(record.attempt, "waiting", decision.why, seconds=round(seconds, 3))
-            if self._somebody_else_went_on(record, seconds):
+            revocation = Revocation.of(record.current)
+            if self._somebody_else_went_on(record, seconds, revocation):
                 return True
             asked = take_request(self.folder)
             if asked is not None:
                 self._give_up(record, f"somebody asked it to stop ({asked})")
+                return False
+            if revocation is not None and revocation.has_come():
+                self._give_up(record, revocation.text)
                 return False
             try:
                 return self._start()
@@ -108,8 +113,10 @@ class Retrier:
         self.process = started.process
         return True
 
-    def _somebody_else_went_on(self, record: RunRecord, seconds: float) -> bool:
-        """Wait, until a stop request at the most; True if a person resumed the run meanwhile."""
+    def _somebody_else_went_on(
+        self, record: RunRecord, seconds: float, revocation: Revocation | None
+    ) -> bool:
+        """Wait, until somebody asks for the end at the most; True if a person resumed the run meanwhile."""
         give_up = time.monotonic() + seconds
         while True:
             if store.load(self.folder).attempt != record.attempt:
@@ -117,8 +124,10 @@ class Retrier:
             left = give_up - time.monotonic()
             if left <= 0 or self.folder.stop_file.exists():
                 return False
+            if revocation is not None and revocation.has_come():
+                return False
             retry.beat(self.folder)
-            self.changes.wait(min(left, 5.0))
+            self.changes.wait(min(left, 5.0 if revocation is None else LOOK_SECONDS))
 
     def _give_up(self, record: RunRecord, why: str) -> None:
         if record.state != contract.COMPLETED:

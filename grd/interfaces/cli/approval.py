@@ -208,7 +208,8 @@ def _row(grant: Grant, ledger: Ledger) -> dict[str, Any]:
         "per_run_seconds": grant.per_run,
         "total_seconds": grant.total,
         "left_seconds": round(ledger.left(grant, moment), 3),
-        "used_seconds": round(ledger.spent(grant.id), 3),
+        "used_seconds": round(ledger.spent(grant.id) - ledger.reserved(grant.id), 3),
+        "reserved_seconds": round(ledger.reserved(grant.id), 3),
         "ends_at": _iso(grant.ends),
         "granted_at": _iso(grant.made.wall),
         "by": grant.by,
@@ -231,6 +232,8 @@ def _lines(rows: list[dict[str, Any]]) -> list[str]:
         if row["state"] == "valid":
             caps += f", {format_duration(max(0.1, row['left_seconds']))} of "
             caps += f"{format_duration(row['total_seconds'])} left, until {local_time(row['ends_at'])}"
+        if row["reserved_seconds"]:
+            caps += f", {format_duration(row['reserved_seconds'])} reserved by runs under way"
         by = row["by"]
         lines.append(f"{caps}; by {by.get('user') or 'somebody'} ({by.get('how')})")
         if row["revocable"]:
