@@ -199,7 +199,7 @@ def _differences(
         remarks.append("whose progress does not tell the loop from the rest")
     known = {machines[like.run.run_id][0] for like in alike if like.run.run_id in machines} - {None}
     if fingerprint is not None and known and known != {fingerprint}:
-        remarks.append("on another machine")
+        remarks.append("on another machine, or with another torch")
     return remarks
 
 

@@ -202,7 +202,7 @@ class Runner:
         if change is not None:
             run, attempt = self.record.run_id, self.attempt.number
             message = (
-                f"attempt {attempt} runs on another machine than attempt {number} did: {change}; "
+                f"attempt {attempt} runs on another machine or software than attempt {number} did: {change}; "
                 f"its results may differ; see: grd hardware diff {run}@{number} {run}@{attempt}"
             )
             self.events.write(contract.EVENT_WARNING, message=message)
