@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import cannot_be_had
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,6 +56,40 @@ def test_entries_are_chained_and_readable_by_their_owner_only(tmp_path: Path) ->
     assert read.problem is None
     assert read.entries[1]["prev"] == read.entries[0]["hash"]
     assert oct(mine.log.path.stat().st_mode & 0o777) == "0o600"
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["first entry", "later entry"])
+def test_on_a_full_disk_what_is_told_as_failed_does_not_count(tmp_path: Path, begun: bool) -> None:
+    """A file system without room for another file still has room in the last block of the log."""
+    options = "size=1m,nr_inodes=6"
+    mounted = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(tmp_path)]
+    if subprocess.run(mounted, capture_output=True, check=False).returncode != 0:
+        cannot_be_had("a small file system needs the right to mount one")
+    try:
+        mine = book(tmp_path)
+        mine.log.path.parent.mkdir()
+        if begun:
+            give(mine)
+        else:
+            for name in ("approvals.jsonl", "approvals.lock"):
+                (mine.log.path.parent / name).touch(mode=0o600)
+        with pytest.raises(OSError, match="No space left"):
+            for number in range(9):
+                (tmp_path / str(number)).touch()
+        if begun:
+            second = give(mine)
+            mine.revoke(second.id, BY)
+            assert [grant.revoked_at is None for grant in mine.ledger()[0].grants.values()] == [True, False]
+        else:
+            with pytest.raises(ResourceUnavailable, match="make room there"):
+                give(mine)
+            assert mine.ledger() == (replay(()), None)
+        (tmp_path / "0").unlink()
+        third = give(mine)
+        grants, problem = mine.ledger()[0].grants, mine.ledger()[1]
+        assert problem is None and third.id in grants and len(grants) == (3 if begun else 1)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
@@ -330,6 +366,23 @@ def test_scopes_cover_what_they_name_and_the_narrowest_is_used(tmp_path: Path) -
     wanting = mine.find(HERE, wanted=150.0)
     assert wanting is not None
     assert wanting[0].id == more.id, "a wider grant that gives enough before a narrower one that does not"
+
+
+def test_a_rest_in_which_nothing_can_be_done_is_no_grant(tmp_path: Path) -> None:
+    mine = book(tmp_path)
+    narrow = give(mine, per_run=1000.0, total=1000.0)
+    assert mine.reserve(narrow, run(tmp_path, "a"), 1, 999.9) is not None
+    other = replace(HERE, run_id="b")
+    assert mine.find(other) is None
+    assert mine.find(other, wanted=5.0) is None
+    assert mine.reserve(narrow, run(tmp_path, "b"), 1, 1000.0) is None
+    assert mine.ledger()[0].holders(other, now()) == ["a"]
+    wide = give(mine, Scope(kind="everywhere"), per_run=1000.0, total=1000.0)
+    found = mine.find(other)
+    assert found is not None and found[0].id == wide.id, "it is not hidden by the rest of the narrower one"
+    mine.note_use(narrow.id, "a", 1, 940.0)
+    found = mine.find(other)
+    assert found is not None and found[0].id == narrow.id, "a minute is left"
 
 
 def test_what_is_reserved_cannot_be_reserved_again_and_use_replaces_it(tmp_path: Path) -> None:

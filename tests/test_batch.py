@@ -247,6 +247,8 @@ def test_a_sweep_is_run_once_and_found_again_and_every_command_tells_the_same(he
     assert dry_total("batch", str(spec), "--force") == (3, 3)
     here.notebook("score.ipynb", SCORE + "\n", "# other code", parameters=PARAMETERS)
     assert dry_total("batch", str(spec)) == (3, 3)
+    refused = here.grd("batch", str(spec), "--memory", "900TB", "--dry-run")
+    assert (refused.code, "of memory, and there are" in refused.err) == (69, True), refused.err
 
 
 def dry_total(*arguments: str) -> tuple[int, int]:

@@ -116,6 +116,7 @@ def test_docker_on_v1_is_read_at_the_mount_that_shows_its_own_path_as_root(tmp_p
     assert tightest_memory(limits) == 3 * GIB
     assert limits.memory[0].used == GIB // 2
     assert limits.usable_cores(32)[0] == 3
+    assert limits.whole_cores(32) == 2, "of two and a half, for runs that take a core each"
 
 
 def test_on_v1_a_limit_above_the_mount_is_known_from_the_hierarchical_figure(tmp_path: Path) -> None:
@@ -251,7 +252,7 @@ def test_an_unreadable_cgroup_file_is_named_and_the_other_levels_still_count(tmp
     (tmp_path / "sys/fs/cgroup/a/b/memory.max").mkdir()
     limits = limits_of(root)
     assert tightest_memory(limits) == 2 * GIB
-    assert limits.usable_cores(4)[0] == 1
+    assert limits.usable_cores(4)[0] == limits.whole_cores(4) == 1
     assert limits.unreadable == ("/sys/fs/cgroup/a/b/memory.max (IsADirectoryError)",)
 
 

@@ -322,6 +322,39 @@ def test_the_commit_is_gits_own_and_changes_are_told_apart(repository: Path) -> 
     assert len({*digests, None}) == 3
 
 
+def test_what_grd_itself_writes_is_no_change_of_the_code(repository: Path) -> None:
+    def now() -> tuple[bool, str | None]:
+        found = code_version(repository).values
+        return found["dirty"], found["changes_sha256"]
+
+    def write(*names: str) -> None:
+        for name in names:
+            (repository / name).parent.mkdir(parents=True, exist_ok=True)
+            (repository / name).write_text("made")
+
+    (repository / "grd.toml").write_text("")
+    git(repository, "add", ".")
+    git(repository, "commit", "-m", "two")
+    write("experiments/20261128-083133-train-21a6/run.json", "experiments/.keys/a", "loops/plan/loop.json")
+    write(".planning/DATA_REPORT.md")
+    assert now() == (False, None)
+    git(repository, "add", ".planning")
+    git(repository, "commit", "-m", "three")
+    (repository / ".planning/DATA_REPORT.md").write_text("made again")
+    write(".planning/STATE.md")
+    assert now() == (False, None)
+    digests = [now()[1]]
+    write("experiments/own.py")
+    git(repository, "add", "experiments/own.py")
+    git(repository, "commit", "-m", "four")
+    assert now() == (False, None)
+    for name in ("experiments/own.py", "experiments/other.py", ".planning/PLAN.md"):
+        (repository / name).write_text("changed")
+        assert now()[0] is True, name
+        digests.append(now()[1])
+    assert len(set(digests)) == 4
+
+
 def test_packed_refs_linked_worktrees_and_detached_heads_are_read(repository: Path, tmp_path: Path) -> None:
     commit = git(repository, "rev-parse", "HEAD")
     git(repository, "worktree", "add", "-b", "side", str(tmp_path / "linked"))

@@ -291,6 +291,13 @@ def test_a_machine_is_measured_once_and_another_one_anew(
     answers = [measuring.benchmark(tmp_path, profile=profile) for profile in (here, here, other, here)]
     assert [answer["cached"] for answer in answers] == [False, True, False, True]
     assert asked == ["compute", "disk"] * 2
+    monkeypatch.setattr(measuring, "_mount_point", lambda folder: "/another")
+    monkeypatch.setattr(measuring, "_load", lambda: 0.05)
+    later = measuring.benchmark(tmp_path, profile=here)
+    assert (later["cached"], asked[4:]) == (False, ["disk"])
+    for name in ("measured_at", "seconds", "load"):
+        assert later[name] == answers[0][name], "of the products that were measured before"
+    assert later["disk"]["measured_at"] >= answers[0]["measured_at"]
     assert measuring.benchmark(tmp_path, profile=here, again=True)["cached"] is False
 
 

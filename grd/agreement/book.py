@@ -123,9 +123,14 @@ class Book:
         moment = now()
 
         def gives(grant: Grant) -> float:
-            return min(grant.per_run, used_by_run + ledger.available(grant, moment))
+            return used_by_run + ledger.gives(grant, moment, used_by_run)
 
-        fitting = [grant for grant in ledger.covering(place, moment) if grant.per_run > used_by_run]
+        still = None if wanted is None else max(0.0, wanted - used_by_run)
+        fitting = [
+            grant
+            for grant in ledger.covering(place, moment)
+            if 0 < ledger.gives(grant, moment, used_by_run) >= grants.least_useful(grant, still)
+        ]
         if wanted is not None:
             fitting.sort(key=lambda grant: gives(grant) < wanted)  # keeps the order otherwise
         else:
@@ -143,7 +148,7 @@ class Book:
         def look(entries: tuple[dict[str, Any], ...]) -> tuple[str, dict[str, Any]] | None:
             nonlocal granted, until_end
             granted, until_end = _take(replay(entries), grant.id, seconds)
-            if granted <= 0:
+            if granted <= 0 or granted < grants.least_useful(grant, seconds):
                 return None
             return grants.RESERVED, {
                 "grant": grant.id,

@@ -112,11 +112,13 @@ class Ledger:
         return sum(of_grant.get(attempt, 0.0) for attempt, by in self.open.items() if by == grant_id)
 
     def holders(self, place: Place, moment: Moment) -> list[str]:
-        """The runs under way that have taken all that is left of the grants for a run at ``place``."""
+        """The runs under way that have taken all that is of use of the grants for a run at ``place``."""
         names = {
             grant.id
             for grant in self.grants.values()
-            if grant.scope.covers(place) and self.state_of(grant, moment) == "in use"
+            if grant.scope.covers(place)
+            and self.state_of(grant, moment) in ("in use", "valid")
+            and self.available(grant, moment) < least_useful(grant, None)
         }
         return sorted({run for (run, _), by in self.open.items() if by in names and run != place.run_id})
 
@@ -155,6 +157,10 @@ class Ledger:
         """Seconds that an attempt which starts at ``moment`` may take: of what is left, up to the end."""
         return min(self.left(grant, moment), self.seconds_to_end(grant, moment))
 
+    def gives(self, grant: Grant, moment: Moment, used_by_run: float = 0.0) -> float:
+        """Seconds that a grant gives to the next attempt of a run whose earlier ones have used so many."""
+        return min(grant.per_run - used_by_run, self.available(grant, moment))
+
     def used_by_run(self, grant_id: str, run_id: str) -> float:
         """Seconds of a grant that one run has used or reserved."""
         return sum(seconds for (run, _), seconds in self.used.get(grant_id, {}).items() if run == run_id)
@@ -167,6 +173,18 @@ class Ledger:
             if grant.scope.covers(place) and self.state_of(grant, moment) == "valid"
         ]
         return sorted(found, key=lambda grant: (SCOPES.index(grant.scope.kind), grant.ends, grant.id))
+
+
+LEAST_SECONDS = 60.0
+
+
+def least_useful(grant: Grant, wanted: float | None) -> float:
+    """What a grant must have left for a run that wants so many seconds (None: any).
+
+    A minute, or a tenth of what it gives to one run: what is less is over before anything was done, where
+    without any grant there are ten minutes, or a question.
+    """
+    return min(LEAST_SECONDS, grant.per_run / 10, math.inf if wanted is None else wanted)
 
 
 def replay(entries: Iterable[Mapping[str, Any]]) -> Ledger:

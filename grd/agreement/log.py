@@ -8,6 +8,7 @@ write the folder can write a whole new log.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -76,8 +77,10 @@ class AgreementLog:
         try:
             self.append_after(lambda entries: (kind, values))
         except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            helps = "make room there" if full else "make its folder writable"
             raise ResourceUnavailable(
-                f"{self.path} cannot be written: {error.strerror or error}; make its folder writable"
+                f"{self.path} cannot be written: {error.strerror or error}; {helps}"
             ) from None
 
     def append_after(
@@ -149,15 +152,31 @@ class AgreementLog:
             size = os.fstat(fd).st_size
             if size and os.pread(fd, 1, size - 1) != b"\n":
                 line = b"\n" + line  # somebody died in the midst of a line
-            if os.write(fd, line) != len(line):
-                raise OSError(28, "No space left on device")
-            os.fsync(fd)
+            try:
+                if os.write(fd, line) != len(line):
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                os.fsync(fd)
+                if not before:
+                    fsync_folder(self.path.parent)
+                self._write_head(entry)
+            except OSError:
+                os.ftruncate(fd, size)  # nobody else writes, and what is told as failed must not count
+                raise
         finally:
             os.close(fd)
-        if not before:
-            fsync_folder(self.path.parent)
-        atomic_write(self._head, json.dumps({"n": entry["n"], "hash": entry["hash"]}))
         return entry
+
+    def _write_head(self, entry: Mapping[str, Any]) -> None:
+        """Keep the count beside the log. Raises OSError where there is none yet.
+
+        An older one does where there is no room for this: the entry counts, and only that this one was cut
+        off later would not be seen.
+        """
+        try:
+            atomic_write(self._head, json.dumps({"n": entry["n"], "hash": entry["hash"]}))
+        except OSError:
+            if not self._head.exists():
+                raise
 
     def _read_head(self) -> Any:
         """The count and the hash beside the log as they were written; None where there are none."""

@@ -129,7 +129,7 @@ class Coordinator:
         return share(
             wanted=self.options.jobs,
             runs=max(1, len(self._pending)),
-            cores=limits.usable_cores(os.cpu_count())[0],
+            cores=limits.whole_cores(os.cpu_count()),
             memory=limits.memory_available(psutil.virtual_memory().available),
             needed=self.options.memory,
         )

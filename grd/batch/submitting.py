@@ -63,10 +63,7 @@ def batch(
     plan = plan_of(spec, more, force=force)
     place = runs_folder(runs_dir)
     root = find_project_root(Path.cwd())
-    common = {name: getattr(plan.options, name) for name in ("grace", "start_timeout", "max_output")}
-    settings, _ = load_settings(root, common)
-    _check_gpus(plan, settings)
-    _check_memory(plan.options.memory)
+    settings = check_machine(plan)
     name = str(plan.spec.settings.get("name") or _name_of(plan))
     batch_id = records.new_batch_id(name)
     done = already_completed(plan, place)
@@ -87,6 +84,18 @@ def batch(
         tell(on_note, warning)
     process = launch_coordinator(folder, lock, record.working_dir)
     return _see_to_end(Batch(folder, process=process), wait, on_start, on_event, on_note)
+
+
+def check_machine(plan: Plan) -> Settings:
+    """See that each run could be begun here; returns the settings in force.
+
+    Raises ResourceUnavailable or ConfigurationError.
+    """
+    common = {name: getattr(plan.options, name) for name in ("grace", "start_timeout", "max_output")}
+    settings, _ = load_settings(find_project_root(Path.cwd()), common)
+    _check_gpus(plan, settings)
+    _check_memory(plan.options.memory)
+    return settings
 
 
 def _check_memory(needed: int | None) -> None:

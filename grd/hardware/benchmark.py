@@ -224,12 +224,15 @@ def benchmark(
             seconds = found["compute"].get("seconds") or 0.0
         began = time.monotonic()
         found["disks"][mount] = measure_disk(folder)
-        found["seconds"] = round(seconds + time.monotonic() - began, 2)
-        found["measured_at"] = datetime.now(UTC).isoformat(timespec="seconds")
-        found["load"] = max((each for each in (load, _load()) if each is not None), default=None)
-        if _too_busy(found["load"]):
+        seconds = round(seconds + time.monotonic() - began, 2)
+        moment = datetime.now(UTC).isoformat(timespec="seconds")
+        load = max((each for each in (load, _load()) if each is not None), default=None)
+        found["disks"][mount]["measured_at"] = moment
+        if known is None:  # else the products and the first disk stay what they were, and when
+            found |= {"seconds": seconds, "measured_at": moment, "load": load}
+        if load is not None and _too_busy(load):
             warning = (
-                f"the machine was busy (load {found['load']:.1f} on {os.cpu_count()} processors): these "
+                f"the machine was busy (load {load:.1f} on {os.cpu_count()} processors): these "
                 "figures are too low, and are not kept; measure again when it is quiet: grd benchmark"
             )
         elif "reason" not in found["compute"]:

@@ -7,12 +7,16 @@ whether there are changes is asked of git, with a limit.
 from __future__ import annotations
 
 import configparser
+import contextlib
 import hashlib
+import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from grd import settings
+from grd.errors import GrdError
 from grd.hardware.facts import Facts, run_limited
 
 GIT_SECONDS = 5.0
@@ -113,18 +117,63 @@ def _remote(repository: Repository) -> str | None:
     return bare
 
 
-def _changes(repository: Repository) -> str:
+_RUN = re.compile(r"(\d{8}-\d{6}-[^/]*|batches|loop|\.[^/]*)/?")
+"""What grd makes in the folder of the runs."""
+
+
+def _is_grds_own(name: str, project: str, runs: str) -> bool:
+    """Whether what git does not track, by its path in the work tree, is what runs and reports have left.
+
+    git names a folder, with "/" at its end, where it tracks nothing in it.
+    """
+    for folder in (runs, f"{project}.planning/", f"{project}loops/"):
+        if name == folder:
+            return True
+    if name.startswith(runs):
+        return _RUN.fullmatch(name.removeprefix(runs)) is not None
+    return name.startswith(f"{project}.planning/.state-page")
+
+
+def _places(repository: Repository, folder: Path) -> tuple[str, str]:
+    """The project around ``folder`` and its folder of runs, as git names folders of the work tree."""
+    root = settings.find_project_root(folder)
+    runs = "experiments"
+    with contextlib.suppress(GrdError):
+        runs = settings.load_settings(root)[0].runs_dir
+    named = []
+    for path in (root, root / Path(runs).expanduser()):
+        inside = path.resolve().is_relative_to(repository.tree)
+        name = path.resolve().relative_to(repository.tree).as_posix() if inside else "/"
+        named.append("" if name == "." else f"{name}/")
+    return named[0], named[1]
+
+
+def _changes(repository: Repository, folder: Path) -> str:
     """A digest of what differs from the commit, tracked and untracked; "" for nothing.
 
-    Raises OSError, TimeoutError or RuntimeError if git cannot tell.
+    What grd itself writes there (runs, its two pages in .planning) is no change of the code. Raises OSError,
+    TimeoutError or RuntimeError if git cannot tell.
     """
     # No optional locks: looking must not disturb a git that works in the same tree. No external programs:
     # a repository's own configuration must not run code here.
     git = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", "-C", str(repository.tree)]
-    status = run_limited([*git, "status", "--porcelain=v1", "--untracked-files=normal", "-z"], GIT_SECONDS)
-    if not status:
+    project, runs = _places(repository, folder)
+    pages = [f":(exclude,top,literal){project}.planning/{page}" for page in ("DATA_REPORT.md", "STATE.md")]
+    but_pages = ["--", ":(top)", *pages]
+    told = run_limited(
+        [*git, "status", "--porcelain=v1", "--untracked-files=normal", "-z", *but_pages], GIT_SECONDS
+    )
+    entries = [
+        entry
+        for entry in told.split(b"\0")
+        if entry and not (entry[:3] == b"?? " and _is_grds_own(os.fsdecode(entry[3:]), project, runs))
+    ]
+    if not entries:
         return ""
-    difference = run_limited([*git, "diff", "--no-ext-diff", "--no-textconv", "HEAD"], GIT_SECONDS)
+    status = b"\0".join(entries)
+    difference = run_limited(
+        [*git, "diff", "--no-ext-diff", "--no-textconv", "HEAD", *but_pages], GIT_SECONDS
+    )
     return hashlib.sha256(status + b"\0" + difference).hexdigest()
 
 
@@ -154,7 +203,7 @@ def code_version(folder: Path, *, ask_git: bool = True) -> Facts:
         facts.put("dirty", None, reason if ask_git else "not asked")
         facts.put("changes_sha256", None, reason if ask_git else "not asked")
         return facts
-    digest = facts.ask("changes_sha256", lambda: _changes(found), "there are no changes")
+    digest = facts.ask("changes_sha256", lambda: _changes(found, folder), "there are no changes")
     failed = digest is None and facts.reasons["changes_sha256"] != "there are no changes"
     facts.put("dirty", None if failed else digest is not None, facts.reasons.get("changes_sha256", ""))
     return facts

@@ -59,6 +59,12 @@ class Limits:
         cores, source = min(bounds, key=lambda bound: math.ceil(bound[0]))
         return max(1, math.ceil(cores)), source
 
+    def whole_cores(self, logical: int | None) -> int | None:
+        """Cores that can be given to work that takes a whole one; of a quota of 1.5 it is 1. At least 1."""
+        bounds = [float(logical)] if logical else []
+        bounds += [limit.cores for limit in self.cores]
+        return max(1, math.floor(min(bounds))) if bounds else None
+
     def memory_limit(self, total: int | None) -> MemoryLimit | None:
         """The tightest limit that is below the machine's ``total`` bytes, or None."""
         tightest = self.memory[0] if self.memory else None

@@ -238,7 +238,9 @@ def _begin(spec: Any, more: dict[str, Any], given: dict[str, Any]) -> Answer:
     more["allow_unknown"] = True if given["allow_unknown"] else None
     more["parameters"] = parameters or None
     if given["dry_run"]:
-        return _dry_run(submitting.plan_of(spec, more, force=given["force"]), given)
+        plan = submitting.plan_of(spec, more, force=given["force"])
+        submitting.check_machine(plan)
+        return _dry_run(plan, given)
     waits = surface().waits if given["wait"] is None else given["wait"]
     made = submitting.batch(
         spec,
