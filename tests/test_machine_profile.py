@@ -353,6 +353,12 @@ def test_what_grd_itself_writes_is_no_change_of_the_code(repository: Path) -> No
         assert now()[0] is True, name
         digests.append(now()[1])
     assert len(set(digests)) == 4
+    (repository / "lib/deep").mkdir(parents=True)
+    for text in ("one", "two"):
+        (repository / "lib/deep/new.py").write_text(text)
+        digests.append(now()[1])
+    assert len(set(digests)) == 6, "what git does not track yet is code, too"
+    assert digests[-1] == now()[1]
 
 
 def test_packed_refs_linked_worktrees_and_detached_heads_are_read(repository: Path, tmp_path: Path) -> None:

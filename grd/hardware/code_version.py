@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,6 +149,26 @@ def _places(repository: Repository, folder: Path) -> tuple[str, str]:
     return named[0], named[1]
 
 
+MOST_FILES, LARGEST_BYTES = 1000, 1 << 20
+"""Of untracked files so many are read, and none that is larger: code is small, and the rest is known by size
+and time of change."""
+
+
+def _contents(tree: Path, names: list[bytes]) -> bytes:
+    """A digest of untracked files, which git's difference leaves out."""
+    digest = hashlib.sha256()
+    for number, name in enumerate(sorted(filter(None, names))):
+        with contextlib.suppress(OSError):
+            path = tree / os.fsdecode(name)
+            found = path.lstat()
+            digest.update(b"%s\0%d\0" % (name, found.st_size))
+            if number < MOST_FILES and found.st_size <= LARGEST_BYTES and stat.S_ISREG(found.st_mode):
+                digest.update(path.read_bytes())
+            else:
+                digest.update(b"%d" % found.st_mtime_ns)
+    return digest.digest()
+
+
 def _changes(repository: Repository, folder: Path) -> str:
     """A digest of what differs from the commit, tracked and untracked; "" for nothing.
 
@@ -171,6 +192,14 @@ def _changes(repository: Repository, folder: Path) -> str:
     if not entries:
         return ""
     status = b"\0".join(entries)
+    untracked = [os.fsdecode(entry[3:]) for entry in entries if entry[:3] == b"?? "]
+    if untracked:
+        which = [f":(top,literal){name.rstrip('/')}" for name in untracked]
+        listed = run_limited(
+            [*git, "ls-files", "--others", "--exclude-standard", "--full-name", "-z", "--", *which],
+            GIT_SECONDS,
+        )
+        status += b"\0" + _contents(repository.tree, listed.split(b"\0"))
     difference = run_limited(
         [*git, "diff", "--no-ext-diff", "--no-textconv", "HEAD", *but_pages], GIT_SECONDS
     )
