@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -169,6 +170,19 @@ def test_without_any_agreement_the_default_cap_counts_for_all_attempts_together(
     assert project.grd("resume", "last").code == 77
     more = project.grd("resume", "last", "--timeout", "2s", "--json")
     assert (more.code, more.json["cause"]) == (75, "deadline")
+
+
+def test_at_the_default_cap_the_time_that_is_left_is_told_and_asked_for(project: Project) -> None:
+    loop = "from grd.experiment import training\nimport time\n"
+    loop += "for epoch in training.epochs(10**6, state={}, checkpoint_dir=checkpoint_dir, resume=resume):\n"
+    project.notebook("long.ipynb", loop + "    time.sleep(0.1)", parameters=PARAMETERS)
+    ended = project.grd("research", "long.ipynb", "--json", env={"GRD_DEFAULT_TIMEOUT": "4s"})
+    assert (ended.code, ended.json["cause"]) == (75, "approval_required")
+    left = ended.json["progress"]["eta_seconds"]
+    assert left > 90_000
+    flag, hours = ended.json["resume_command"].split()[-2:]
+    assert flag == "--timeout" and left <= int(hours.removesuffix("h")) * 3600
+    assert re.search(r"progress +epochs \d+/1000000, about \S.* left", project.grd("status", "last").out)
 
 
 def test_a_killed_runner_is_never_shown_as_running_and_its_outputs_are_there(project: Project) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from grd import contract
 from grd.agreement.use import GrantInUse
 from grd.errors import GrdError
-from grd.estimation.live import probe_result
+from grd.estimation.live import probe_result, progress_with_interval
 from grd.execution.gpu_turn import GpuTurn
 from grd.execution.injected import injected_parameters
 from grd.execution.launch import ensure_retrier
@@ -363,8 +363,10 @@ class Runner:
         record.ended_at = attempt.ended_at
         record.note_processes({})
         record.resumable = contract.is_resumable(outcome.state, outcome.cause)
+        left = progress_with_interval(view, record.estimate) or {}
+        record.progress = view.progress if left.get("eta_seconds") is None else left
+        record.metrics = view.metrics
         record.resume_command = resume_command(record)
-        record.progress, record.metrics = view.progress, view.metrics
         if record.estimate is not None and (probe := probe_result(view)) is not None:
             record.estimate["probe"] = probe
         record.checkpoint = view.checkpoint or record.checkpoint

@@ -30,6 +30,7 @@ from typing import Any
 from grd import contract
 from grd.execution.launch import RunnerProcess, runner_command, runner_environment, start_runner
 from grd.runs.folder import RunFolder
+from grd.runs.processes import die_with_parent
 
 READY_SECONDS = 20.0
 """So long the first runner waits for what a template imports, which takes it a second or two; until it is
@@ -224,6 +225,7 @@ def main(arguments: list[str]) -> int:
 
 def serve(channel: socket.socket) -> list[str] | None:
     """None in the template, at its end; in a fork, the arguments of its runner."""
+    die_with_parent()  # also where it is stopped, and sees no end of the channel
     _import_all()
     shown = _Shown()
     gc.freeze()  # or collecting would copy every page that is shared

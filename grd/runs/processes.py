@@ -19,7 +19,7 @@ import psutil
 
 from grd import contract
 
-PR_SET_CHILD_SUBREAPER = 36
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 """prctl(2)."""
 
 
@@ -198,6 +198,15 @@ def adopt_orphans() -> None:
     """From now on this process is the parent of what is orphaned below it (Linux; elsewhere nothing)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1), 0, 0, 0)
+
+
+def die_with_parent() -> None:
+    """From now on the end of the thread that started this process is its own end (Linux; elsewhere nothing).
+
+    Not that of processes that it forks.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0)
 
 
 def children() -> set[int]:

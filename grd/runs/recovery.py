@@ -7,9 +7,12 @@ be written it only reports.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from grd import contract
 from grd.errors import ConfigurationError, RunNotFound
@@ -21,6 +24,7 @@ from grd.runs.liveness import HEARTBEAT_SECONDS, heartbeat_age, needs_recovery
 from grd.runs.model import RunRecord, now_iso
 from grd.runs.notebook_file import NotebookFile
 from grd.runs.processes import boot_id, is_alive, reap
+from grd.settings import LONGEST_DURATION_SECONDS
 
 REAP_SECONDS = 0.3
 """Looking at a run must not take long: what does not die at once is met again by the next look."""
@@ -177,8 +181,21 @@ def resume_command(record: RunRecord) -> str | None:
         return None
     command = f"grd resume {record.run_id}"
     if record.cause in (contract.APPROVAL_REQUIRED, contract.BUDGET):
-        seconds = float(record.budget.get("seconds") or 0.0)
-        more = max(3600, int(seconds * 4))
-        flag = "--budget" if record.cause == contract.BUDGET else "--timeout"
-        return f"{command} {flag} {more // 3600}h"
+        left = _seconds_left(record.progress or {})
+        if record.cause == contract.BUDGET:  # for all attempts, those that were made too
+            flag, left = "--budget", left + float(record.budget.get("used_seconds") or 0.0)
+        else:
+            flag = "--timeout"
+        seconds = max(3600.0, 4 * float(record.budget.get("seconds") or 0.0), left)
+        return f"{command} {flag} {math.ceil(min(seconds, LONGEST_DURATION_SECONDS - 3600) / 3600)}h"
     return command
+
+
+def _seconds_left(progress: Mapping[str, Any]) -> float:
+    """The most that the loop may still take as it was measured, half as much again where only its middle is
+    known; 0 if nothing is."""
+    for name, factor in (("eta_high_seconds", 1.0), ("eta_seconds", 1.5)):
+        seconds = progress.get(name)
+        if isinstance(seconds, int | float) and not isinstance(seconds, bool) and seconds > 0:
+            return min(seconds, LONGEST_DURATION_SECONDS) * factor
+    return 0.0

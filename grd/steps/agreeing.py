@@ -154,9 +154,7 @@ def agree(
     note: dict[str, Any] | None = None
     if decided.agreed == decision.ALLOCATION:
         note = {"by": identity(decision.ALLOCATION), "job": allocation.job_of(environment), "ends": ends}
-    elif decided.agreed == decision.ALLOWED and (
-        wanted.typed_now or wanted.agreed_before != decision.ALLOWED
-    ):
+    elif decided.agreed == decision.ALLOWED and (wanted.typed_now or not _was_allowed_before(wanted)):
         note = {"by": identity("config")}
     return Agreed(
         word=decided.agreed,
@@ -164,6 +162,15 @@ def agree(
         attempt=decided.attempt,
         grant=used_grant,
         note=None if note is None else {**note, "timeout": wanted.timeout, "budget": wanted.budget},
+    )
+
+
+def _was_allowed_before(wanted: Wanted) -> bool:
+    """Whether the log has it already that the user's own file allows these limits."""
+    return (
+        wanted.agreed_before == decision.ALLOWED
+        and wanted.timeout == wanted.agreed_timeout
+        and (wanted.budget is None or wanted.budget == wanted.agreed_total)
     )
 
 

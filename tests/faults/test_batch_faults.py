@@ -222,6 +222,21 @@ def test_a_batch_goes_on_within_seconds_when_what_forks_its_runners_is_stopped(p
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="runners are forked on Linux only")
+def test_what_forks_runners_is_gone_with_a_killed_coordinator_also_where_it_is_stopped(
+    project: Project,
+) -> None:
+    begin_held(project, "1..2")
+    [template] = templates(project)
+    template.suspend()
+    os.kill(status(project)["coordinator"]["pid"], signal.SIGKILL)
+    wait_until(lambda: has_ended(template), "the end of the template")
+    (project.path / "go").touch()
+    assert project.grd("batch", "resume", "last").code == 0
+    assert status(project)["counts"] == {"completed": 2}
+    nothing_is_left(project)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="runners are forked on Linux only")
 def test_an_environment_too_large_for_a_message_starts_no_template(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,6 +371,11 @@ def test_a_stopped_batch_saves_and_can_be_resumed(project: Project, how: str) ->
     if how == "stop":
         kept = [project.record(project.runs_dir / run["run_id"]) for run in resumed.json["runs"]]
         assert [(each["timeout"], each["budget"]["typed"]) for each in kept] == [(660, 780)] * 2
+        log = Path(project.environment["GRD_STATE_DIR"], "approvals.jsonl").read_text().splitlines()
+        allowed_now = [entry for entry in map(json.loads, log) if entry["timeout"] == 660]
+        assert [(e["kind"], e["budget"], e["attempt"]) for e in allowed_now] == [
+            ("allowed", 780, 2), ("allowed", 780, 1)
+        ]  # fmt: skip
     assert told(project)["begun 1"] == told(project)["resumed 1"] == 1
     nothing_is_left(project)
 

@@ -33,6 +33,10 @@ def test_a_killed_loop_goes_on_where_it_was(project: Project, moment: str) -> No
     loop.wait(20)
     lost = project.grd("loop", "plan.yaml", "--status", "--json").json
     assert lost["state"] == "lost"
+    if moment == "while a notebook runs":
+        ended = project.grd("loop", "plan.yaml", "--stop")
+        assert (ended.code, "is asked to stop" in ended.err) == (0, True), ended.err
+        assert (project.record()["state"], project.record()["cause"]) == ("interrupted", "stopped")
     (project.path / "go").touch()
     done = project.grd("loop", "plan.yaml", "--max-cycles", "2")
     assert done.code == 0, done.err

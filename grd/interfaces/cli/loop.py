@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import click
 
+from grd import contract
 from grd.errors import UsageError
 from grd.interfaces.cli import exit_codes
 from grd.interfaces.cli.answer import Answer, AnsweringCommand, surface
@@ -62,8 +64,9 @@ def loop(
     A cycle whose runs do not all complete is tried again after a growing pause and its runs are resumed;
     after three failed tries in a row the loop gives up. Ctrl-C, SIGTERM or --stop saves and stops (a second
     one, or --stop --now, kills); the same command goes on with the same cycle. A detached loop goes on
-    whatever ends the shell; --status and --stop find it by its PLAN. Exit code: 0 all cycles
-    made, 1 gave up, 69 another loop has this memory, 75 stopped, 77 a person must agree to more time.
+    whatever ends the shell; --status and --stop, typed in the same project, find it by its PLAN. Exit code:
+    0 all cycles made, 1 gave up, 69 another loop has this memory, 75 stopped, 77 a person must agree to more
+    time.
 
     \b
     A plan:
@@ -148,7 +151,7 @@ def _stop(memory: Any, *, now: bool) -> dict[str, Any]:
     told = loop_state.shown(memory)
     if told["state"] in (loop_state.ENDED, loop_state.LOST):
         say("no loop is running there")
-        return told
+        return loop_state.shown(memory) if _stop_runs(told, now=now) else told
     memory.ask_to_stop(now=now)
     give_up = time.monotonic() + ENDING_SECONDS
     while memory.is_held():
@@ -157,6 +160,27 @@ def _stop(memory: Any, *, now: bool) -> dict[str, Any]:
             break
         time.sleep(LOOK_SECONDS)
     return loop_state.shown(memory)
+
+
+def _stop_runs(told: dict[str, Any], *, now: bool) -> bool:
+    """Stop what a loop that was killed has left under way; whether there was anything."""
+    from grd.runs.folder import RunFolder
+    from grd.runs.stop_request import ask_to_stop
+    from grd.steps.following import is_under_way
+
+    cycles = [cycle for cycle in (told["current"], told["prepared"]) if cycle]
+    entries = [entry for cycle in cycles for entry in cycle["steps"] if entry.get("folder")]
+    going = [folder for entry in entries if is_under_way(folder := RunFolder(Path(entry["folder"])))]
+    for folder in going:
+        say(f"its run {folder.run_id} is asked to stop")
+        ask_to_stop(folder, contract.STOPPED, at_once=now)
+    give_up = time.monotonic() + ENDING_SECONDS
+    while any(is_under_way(folder) for folder in going):
+        if time.monotonic() > give_up:
+            say("it is still ending; see: grd status")
+            break
+        time.sleep(LOOK_SECONDS)
+    return bool(going)
 
 
 def _answer(told: dict[str, Any], as_json: bool, code: int = exit_codes.OK) -> Answer:

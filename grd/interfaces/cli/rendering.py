@@ -260,7 +260,7 @@ def rows_of(shown: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
     progress = shown.get("progress")
     if progress:
-        going = shown.get("state") == contract.RUNNING
+        going = shown.get("state") in (contract.RUNNING, contract.INTERRUPTED)  # what is left is still to do
         rows.append(("progress", progress_text(progress if going else {**progress, "eta_seconds": None})))
     leased = (shown.get("attempts") or [{}])[-1].get("gpus") or []
     if leased:
