@@ -339,7 +339,8 @@ def test_a_coordinator_and_a_runner_killed_in_mid_run_go_on_and_no_run_starts_ag
 @pytest.mark.parametrize("how", ["stop", "SIGINT", "stop without a coordinator"])
 def test_a_stopped_batch_saves_and_can_be_resumed(project: Project, how: str) -> None:
     project.notebook("train.ipynb", TOLD, TRAIN, DONE, parameters=PARAMETERS)
-    follower = project.start("sweep", "train.ipynb", "-g", "seed", "1,2", "--jobs", "1")
+    sweep = ["sweep", "train.ipynb", "-g", "seed", "1,2", "--jobs", "1"]
+    follower = project.start(*sweep, *(["--timeout", "12m"] if how == "stop" else []))
     wait_until(lambda: told(project)["at 1 1"], "epoch 1")
     if how == "SIGINT":
         follower.send_signal(signal.SIGINT)
