@@ -359,6 +359,7 @@ class ContinuousResearchLoop:
             for entry in memory.cycle(number, self.plan)["steps"]:
                 check(entry["notebook"], entry["parameters"], kernel=entry["kernel"])
                 given = "".join(f" {name}={value!r}" for name, value in entry["parameters"].items())
-                cap = "" if entry["timeout"] is None else f", at most {format_duration(entry['timeout'])}"
+                caps = [seconds for seconds in (entry["timeout"], entry["budget"]) if seconds is not None]
+                cap = f", at most {format_duration(min(caps))}" if caps else ""
                 self._say(f"would run {entry['notebook']}{given}{cap}")
         return LoopEnd(DONE, "dry run", made)
