@@ -144,7 +144,7 @@ def test_a_shorter_limit_of_an_agent_leaves_the_agreement_as_a_person_typed_it(s
     (strict.path / "grd.toml").write_text('long_running_threshold = "5s"\n')
     typed = at_terminal(strict, "research", "waits.ipynb", "--timeout", "3h", "--detach")
     assert typed.code == 0, typed.err
-    for options in (["--timeout", "8m"], []):
+    for options in (["--timeout", "8m"], [], ["--timeout", "9m"]):
         strict.wait_for_event("progress", name="epochs")
         assert strict.grd("stop", "last", "--now").code == 0
         record = strict.record()
@@ -154,6 +154,11 @@ def test_a_shorter_limit_of_an_agent_leaves_the_agreement_as_a_person_typed_it(s
         assert resumed.code == 0, resumed.err
         budget = strict.record()["budget"]
         assert (budget["agreed"], budget["seconds"]) == ("typed", 10800.0)
+    assert strict.grd("stop", "last", "--now").code == 0
+    assert strict.grd("resume", "last", "--timeout", "4h").code == 77
+    assert at_terminal(strict, "resume", "last", "--timeout", "4h", "--detach").code == 0
+    budget = strict.record()["budget"]
+    assert [budget[name] for name in ("agreed", "seconds", "typed_timeout")] == ["typed", None, 14400.0]
     assert strict.grd("stop", "last", "--now").code == 0
 
 

@@ -93,8 +93,9 @@ class RunRecord:
     timeout: float | None = None
     """Cap on one attempt as somebody typed it; None if nobody did."""
     budget: dict[str, Any] = field(default_factory=dict)
-    """seconds (cap on all attempts together, or None), used_seconds, typed (--budget, or None), grant (its
-    id), agreed: who agreed to it ("default": nobody yet; "typed", "grant", "allocation", "allowed")."""
+    """seconds (cap on all attempts together, or None), used_seconds, typed (--budget, or None), typed_timeout
+    (--timeout, or None, without an agent's shorter ones), grant (its id), agreed: who agreed to it
+    ("default": nobody yet; "typed", "grant", "allocation", "allowed")."""
     grace: float = contract.DEFAULT_GRACE_SECONDS
     start_timeout: float = contract.DEFAULT_START_TIMEOUT_SECONDS
     max_output: int = contract.DEFAULT_MAX_OUTPUT_BYTES

@@ -96,7 +96,11 @@ def create_run(new: NewRun, on_named: Callable[[RunFolder], None] | None = None)
         checkpoint_dir=str(checkpoints),
         created_at=now_iso(),
         timeout=new.limits.timeout,
-        budget={**agreed.budget(0.0), "typed": new.limits.budget},
+        budget={
+            **agreed.budget(0.0),
+            "typed": new.limits.budget,
+            "typed_timeout": new.limits.timeout,
+        },
         grace=settings.grace,
         max_output=settings.max_output,
         start_timeout=settings.start_timeout,

@@ -16,6 +16,7 @@ import grd
 from grd import contract
 from grd.agreement import decision
 from grd.agreement.grants import Place
+from grd.agreement.person import who_can_answer
 from grd.errors import (
     ApprovalRequired,
     NotebookError,
@@ -157,12 +158,16 @@ def resume_folder(
         changes = _apply_changes(
             folder, record, parameters, notebook, from_epoch, allow_unknown=allow_unknown
         )
-        timeout_before = record.timeout
+        # What a person has typed for each attempt: an agent's shorter one is for its own attempt.
+        typed_timeout = record.budget.get("typed_timeout", record.timeout)
         _apply_limits(record, changes, timeout, budget, grace)
         typed = batch_id is None and (timeout is not None or budget is not None)
-        agreed = _agree(folder, record, typed, ask, batch_id, timeout_before)
+        agreed = _agree(folder, record, typed, ask, batch_id, typed_timeout)
+        if timeout is not None and (agreed.word != decision.TYPED or who_can_answer() is not None):
+            typed_timeout = record.timeout
         used = float(record.budget.get("used_seconds") or 0.0)
-        record.budget = {**agreed.budget(used), "typed": record.budget.get("typed")}
+        kept = {"typed": record.budget.get("typed"), "typed_timeout": typed_timeout}
+        record.budget = {**agreed.budget(used), **kept}
         if start_timeout is not None:
             record.start_timeout = read_seconds("--start-timeout", start_timeout) or record.start_timeout
         if max_output is not None:
@@ -311,7 +316,7 @@ def _agree(
     typed_now: bool,
     ask: Asker | Answered | None,
     batch_id: str | None,
-    timeout_before: float | None,
+    typed_timeout: float | None,
 ) -> Agreed:
     budget = record.budget
     typed = budget.get("typed", budget.get("seconds") if budget.get("agreed") == "typed" else None)
@@ -332,7 +337,7 @@ def _agree(
         grace=record.grace,
         used=float(budget.get("used_seconds") or 0.0),
         agreed_before=str(budget.get("agreed") or decision.DEFAULT),
-        agreed_timeout=timeout_before,
+        agreed_timeout=typed_timeout,
         agreed_total=budget.get("seconds"),
     )
     return agree(wanted, settings, asker=ask)
