@@ -217,8 +217,10 @@ def killed_inside(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def without(saved: dict[str, Any], what: str) -> dict[str, Any]:
-    """A loaded checkpoint that has forgotten ``what``."""
+    """A loaded checkpoint that has forgotten ``what``; that of the interrupted epoch's beginning has not."""
     inside = saved["training"]["inside"]
+    if inside is None:
+        return saved
     kind, _, name = what.partition(" ")
     if kind == "rng":
         for generators in (saved["rng"], inside["rng"], *(found["rng"] for found in inside["outside"])):
