@@ -181,10 +181,11 @@ LEAST_SECONDS = 60.0
 def least_useful(grant: Grant, wanted: float | None) -> float:
     """What a grant must have left for a run that wants so many seconds (None: any).
 
-    A minute, or a tenth of what it gives to one run: what is less is over before anything was done, where
-    without any grant there are ten minutes, or a question.
+    A minute, or a tenth of what it gives to one run, or of its whole length: what is less is over before
+    anything was done, where without any grant there are ten minutes, or a question.
     """
-    return min(LEAST_SECONDS, grant.per_run / 10, math.inf if wanted is None else wanted)
+    lasts = max(0.0, grant.ends - grant.made.wall)
+    return min(LEAST_SECONDS, grant.per_run / 10, lasts / 10, math.inf if wanted is None else wanted)
 
 
 def replay(entries: Iterable[Mapping[str, Any]]) -> Ledger:
